@@ -1,0 +1,79 @@
+"""What the commands share: CONFIG [path=value ...], --dry-run, and errors without a traceback."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seqray.config import Config, load_config
+from seqray.errors import SeqrayError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option of one command beside the common ones: a switch, or a value when `metavar` is given."""
+
+    name: str
+    help: str
+    metavar: str | None = None
+
+
+Body = Callable[[Config, argparse.Namespace], None]
+
+JSON_FLAG = Flag("--json", "also write the result as JSON", metavar="FILE")
+
+
+def run_command(
+    name: str, about: str, body: Body, flags: Sequence[Flag] = (), argv: Sequence[str] | None = None
+) -> int:
+    """Parses the command line, loads the config and calls `body`; returns the exit status (2: wrong input)."""
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=about)
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", metavar="path=value", nargs="*", help="replaces a value of the config")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    for flag in flags:
+        if flag.metavar:
+            parser.add_argument(flag.name, metavar=flag.metavar, help=flag.help)
+        else:
+            parser.add_argument(flag.name, action="store_true", help=flag.help)
+    arguments = parser.parse_intermixed_args(argv)
+    _find_modules_here()
+    try:
+        config = load_config(arguments.config, tuple(arguments.overrides))
+        if arguments.dry_run:
+            print(config.yaml(), end="")
+        else:
+            body(config, arguments)
+    except SeqrayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def next_command(module: str, arguments: argparse.Namespace) -> str:
+    """The command line of another command for the same config and overrides."""
+    return shlex.join(["python", "-m", module, arguments.config, *arguments.overrides])
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Writes JSON under a temporary name, then renames it."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, target)
+
+
+def _find_modules_here() -> None:
+    # A component named module:attribute is looked for in the working folder, also by the workers of a cluster.
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
