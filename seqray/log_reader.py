@@ -1,0 +1,161 @@
+"""Reading the log: the user's columns checked, rows that cannot be used put aside with a reason."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from seqray.config import DataConfig
+from seqray.errors import DataError
+from seqray.id_columns import encode_ids, id_column
+from seqray.interactions import Interactions
+from seqray.table_files import TableFile, as_array, find_files, read_columns
+from seqray.timestamps import time_column
+
+IntArray = npt.NDArray[np.int64]
+
+REASONS = ("null_user_id", "null_item_id", "null_timestamp", "bad_timestamp")
+
+
+@dataclass(frozen=True)
+class Log:
+    """All usable rows of the log in file order, and the others."""
+
+    events: Interactions
+    tie: IntArray | None
+    """E: rank of each event in the tie column, when there is one."""
+    rows_read: int
+    bad_rows: Any
+    """Arrow table: file, row (1 is the first after a header), reason, and the values as text."""
+
+    @property
+    def quarantined(self) -> dict[str, int]:
+        """Number of bad rows by reason."""
+        reasons = self.bad_rows.column("reason").to_pylist()
+        return {reason: reasons.count(reason) for reason in REASONS if reason in reasons}
+
+
+@dataclass(frozen=True)
+class _Part:
+    users: Any
+    items: Any
+    times: IntArray | None
+    baskets: Any
+    ties: Any
+    rows: int
+    bad_rows: Any
+
+
+def read_log(data: DataConfig) -> Log:
+    """The log at `data.path`; DataError names the file and column that do not fit."""
+    files = find_files(data.path, data.format)
+    parts = [_read(file, data) for file in files]
+    guess = files[0].format == "csv"
+    user_ids, users = encode_ids([part.users for part in parts], guess)
+    item_ids, items = encode_ids([part.items for part in parts], guess)
+    times = [part.times for part in parts if part.times is not None]
+    events = Interactions(
+        user_ids=user_ids,
+        item_ids=item_ids,
+        users_E=users,
+        items_E=items,
+        timestamps_E=np.concatenate(times) if times else np.arange(len(users)),
+        baskets_E=_baskets([part.baskets for part in parts]) if data.columns.basket else None,
+    )
+    tie = _ranks([part.ties for part in parts], files[0], str(data.tie_column)) if data.tie_column else None
+    return Log(events, tie, sum(part.rows for part in parts), pa.concat_tables(part.bad_rows for part in parts))
+
+
+def _read(file: TableFile, data: DataConfig) -> _Part:
+    columns = data.columns
+    ours = {"user_id": columns.user_id, "item_id": columns.item_id}
+    if columns.timestamp is not None:
+        ours["timestamp"] = columns.timestamp
+    others = [name for name in (columns.basket, data.tie_column) if name is not None]
+    names = list(dict.fromkeys([*ours.values(), *others]))
+    table = read_columns(file, names, as_text=names)
+
+    def where(column: str) -> str:
+        return f"{file.name}: column {column!r} (columns: {', '.join(table.column_names)})"
+
+    def ids(column: str) -> Any:
+        return id_column(table.column(column), where(column))
+
+    users, items = ids(columns.user_id), ids(columns.item_id)
+    bad = {"null_user_id": _null(users), "null_item_id": _null(items)}
+    times = None
+    if columns.timestamp is not None:
+        raw = table.column(columns.timestamp)
+        times, timed = time_column(raw, data.timestamp_unit, data.timestamp_format, where(columns.timestamp))
+        bad |= {"null_timestamp": _null(raw), "bad_timestamp": ~timed}
+    good = ~np.logical_or.reduce(list(bad.values()))
+    keep = pa.array(good)
+    return _Part(
+        users.filter(keep),
+        items.filter(keep),
+        None if times is None else times[good],
+        ids(columns.basket).filter(keep) if columns.basket else None,
+        table.column(data.tie_column).filter(keep) if data.tie_column else None,
+        table.num_rows,
+        _bad_rows(file, table, ours, bad),
+    )
+
+
+def _null(column: Any) -> npt.NDArray[np.bool_]:
+    nulls: npt.NDArray[np.bool_] = np.asarray(column.is_null())
+    return nulls
+
+
+def _bad_rows(file: TableFile, table: Any, ours: dict[str, str], bad: dict[str, npt.NDArray[np.bool_]]) -> Any:
+    rows = np.flatnonzero(np.logical_or.reduce(list(bad.values())))
+    # A row has the first reason that holds.
+    reasons = np.select([mask[rows] for mask in bad.values()], list(bad), default="")
+    values = {name: table.column(column).take(rows) for name, column in ours.items()}
+    return pa.table(
+        {
+            "file": pa.array([file.name] * len(rows), pa.large_string()),
+            "row": pa.array(rows + 1, pa.int64()),
+            "reason": pa.array(reasons.tolist(), pa.large_string()),
+            **{name: _text(column) for name, column in values.items()},
+        }
+    )
+
+
+def _text(column: Any) -> Any:
+    plain = column.combine_chunks()
+    try:
+        return plain.cast(pa.large_string())
+    except pa.ArrowException:
+        return pa.array([None if value is None else str(value) for value in plain.to_pylist()], pa.large_string())
+
+
+def _baskets(parts: Sequence[Any]) -> IntArray:
+    """A code for each basket id; -1 where a row has none."""
+    kinds = {part.type for part in parts}
+    text = [part.cast(pa.large_string()) if len(kinds) > 1 else part for part in parts]
+    codes: IntArray = pa.concat_arrays(text).dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
+    return codes
+
+
+def _ranks(parts: Sequence[Any], file: TableFile, column: str) -> IntArray:
+    """The rank of each value in the tie column, equal values alike, no value last."""
+    try:
+        values = pa.chunked_array([as_array(part) for part in parts])
+        if file.format == "csv":
+            values = _numbers_if_all(values)
+        rank = pc.rank(values, sort_keys="ascending", tiebreaker="dense")
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(f"{file.name}: column {column!r} cannot order events: {error}") from error
+    ranks: IntArray = rank.to_numpy().astype(np.int64)
+    return ranks
+
+
+def _numbers_if_all(values: Any) -> Any:
+    try:
+        return values.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return values
