@@ -1,0 +1,88 @@
+"""Full-catalogue ranking of a model or a baseline, in fixed batches that workers share out among them.
+
+Shapes: B queries, V items + padding, K cut-offs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from seqray.baselines import Baselines
+from seqray.config import EvaluateConfig
+from seqray.metrics import RankCounts, rank_metrics
+from seqray.models.protocol import SequentialModel
+from seqray.ranking import mask_scores, target_ranks, top_k
+from seqray.sequences import Queries, SequenceStore, Split
+
+Scorer = Callable[[Queries], Tensor]
+SumOverWorkers = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """This process's share of the work, and how integer tensors are summed over all of them."""
+
+    rank: int = 0
+    world: int = 1
+    sum_over_workers: SumOverWorkers = lambda tensor: tensor
+
+
+def evaluate(
+    scorer: Scorer, queries: Queries, config: EvaluateConfig, num_items: int, part: Part | None = None
+) -> dict[str, float]:
+    """hit_rate@k, ndcg@k, mrr@k (recall@k for baskets) and coverage@k of `scorer` over all queries.
+
+    scorer: Queries -> scores_BV, larger is better. Batches are the same whatever the number of workers, and what is
+    summed over workers are whole numbers, so the result is the same to the last bit.
+    """
+    part = part or Part()
+    query_P, _ = queries.targets()
+    most_targets = int(torch.bincount(query_P).max()) if len(query_P) else 1
+    counts = RankCounts.empty(max(config.k), most_targets)
+    shown_KV = torch.zeros(len(config.k), num_items + 1, dtype=torch.int64)
+    starts = range(0, len(queries), config.batch_size)[part.rank :: part.world]
+    for start in starts:
+        some = queries.slice(start, start + config.batch_size)
+        scores_BV = scorer(some)
+        seen = some.seen() if config.exclude_seen else (query_P[:0], query_P[:0])
+        mask_scores(scores_BV, *(pair.to(scores_BV.device) for pair in seen))
+        targets = some.targets()
+        counts.add(target_ranks(scores_BV, *(t.to(scores_BV.device) for t in targets)), targets[0], len(some))
+        best_BK = top_k(scores_BV, max(config.k))[0].cpu()
+        for row, k in enumerate(config.k):
+            shown_KV[row, best_BK[:, :k].flatten()] = 1
+    counts = RankCounts(part.sum_over_workers(counts.first_R), part.sum_over_workers(counts.all_SR))
+    shown_K = (part.sum_over_workers(shown_KV)[:, 1:] > 0).sum(1)
+    coverage = {f"coverage@{k}": int(n) / num_items for k, n in zip(config.k, shown_K, strict=True)}
+    return rank_metrics(counts, config.k) | coverage
+
+
+def model_scorer(model: SequentialModel, device: torch.device) -> Scorer:
+    """Scores of a model in evaluation mode, in float32."""
+    weights_VD = model.item_weights().detach().float()
+
+    def score(queries: Queries) -> Tensor:
+        batch = queries.history(model.max_length).to(device)
+        with torch.no_grad():
+            return model.encode(batch)[batch.last_token_B()].float() @ weights_VD.T
+
+    return score
+
+
+def evaluate_baselines(store: SequenceStore, split: Split, config: EvaluateConfig) -> dict[str, dict[str, float]]:
+    """The metrics of each baseline, with keys such as `test/ndcg@10`."""
+    baselines = Baselines(store, split, config.popularity_window_days)
+    queries = store.queries(split)
+
+    def row(name: str) -> dict[str, float]:
+        return with_split(evaluate(partial(baselines.scores, name), queries, config, store.num_items), split)
+
+    return {name: row(name) for name in baselines.names()}
+
+
+def with_split(metrics: dict[str, float], split: Split) -> dict[str, float]:
+    """`ndcg@10` -> `test/ndcg@10`."""
+    return {f"{split}/{key}": value for key, value in metrics.items()}

@@ -1,0 +1,1 @@
+"""The models: one a file, all of the form of SequentialModel."""
