@@ -1,0 +1,115 @@
+"""History in, top-k out."""
+
+import pytest
+import torch
+from conftest import NUM_ITEMS
+
+from seqray import recommender as recommender_module
+from seqray.bundle import Bundle
+from seqray.recommender import Query, Recommender
+from seqray.sequences import Batch
+
+
+@pytest.fixture(scope="module")
+def recommender(tiny_bundle: Bundle) -> Recommender:
+    return Recommender(tiny_bundle)
+
+
+def ids(recommendation) -> list:
+    return [item.item_id for item in recommendation.items]
+
+
+def test_it_ranks_by_hidden_times_weights(recommender: Recommender, tiny_bundle: Bundle) -> None:
+    model = tiny_bundle.model()
+    with torch.no_grad():
+        hidden = model.encode(Batch(torch.tensor([3, 5]), torch.tensor([2])))[-1]
+        scores = (model.item_weights() @ hidden)[1:]
+    [answer] = recommender.recommend([Query(("i3", "i5"), k=NUM_ITEMS, exclude_seen=False)])
+    order = scores.argsort(descending=True)
+    assert ids(answer) == [f"i{index + 1}" for index in order.tolist()]
+    torch.testing.assert_close(torch.tensor([item.score for item in answer.items]), scores[order])
+    assert {item.source for item in answer.items} == {"model"}
+
+
+def test_only_the_newest_events_count_but_all_are_seen(recommender: Recommender) -> None:
+    newest = tuple(f"i{index}" for index in range(10, 18))
+    short, long = recommender.recommend(
+        [Query(newest, k=5, exclude_seen=False), Query(("i1", "i2", *newest), k=5, exclude_seen=False)]
+    )
+    assert ids(short) == ids(long)
+    [all_but_seen] = recommender.recommend([Query(("i1", "i2", *newest), k=NUM_ITEMS)])
+    assert not {"i1", "i2", *newest} & set(ids(all_but_seen))
+    assert len(all_but_seen.items) == NUM_ITEMS - 10
+
+
+def test_exclude_seen_comes_from_the_bundle_unless_asked(recommender: Recommender) -> None:
+    default, kept = recommender.recommend(
+        [Query(("i1",), k=NUM_ITEMS), Query(("i1",), k=NUM_ITEMS, exclude_seen=False)]
+    )
+    assert "i1" not in ids(default)
+    assert "i1" in ids(kept)
+
+
+def test_excluded_items_are_left_out(recommender: Recommender) -> None:
+    [before] = recommender.recommend([Query(("i1",), k=3)])
+    [after] = recommender.recommend([Query(("i1",), k=3, exclude_items=(ids(before)[0], "never heard of"))])
+    assert ids(after)[:2] == ids(before)[1:]
+
+
+def test_unknown_items_are_dropped_and_listed_once(recommender: Recommender) -> None:
+    plain, mixed = recommender.recommend([Query(("i1", "i2")), Query(("x", "i1", "y", "i2", "x"))])
+    assert mixed.unknown_items == ("x", "y")
+    assert ids(mixed) == ids(plain)
+    assert not mixed.fallback_used
+
+
+@pytest.mark.parametrize("history", [(), ("x",)])
+def test_without_a_known_item_the_popular_ones_come(recommender: Recommender, history: tuple) -> None:
+    [answer] = recommender.recommend([Query(history, k=4, exclude_items=("i1",))])
+    assert ids(answer) == ["i2", "i3", "i4", "i5"]  # i3 and i4 have equal events: the lower index first
+    assert [item.score for item in answer.items] == [1000.0, 97.0, 97.0, 96.0]
+    assert {item.source for item in answer.items} == {"popular"}
+    assert answer.fallback_used
+    assert answer.unknown_items == history
+
+
+def test_no_fallback_is_an_empty_answer(recommender: Recommender) -> None:
+    [answer] = recommender.recommend([Query(("x",), fallback="none")])
+    assert (answer.items, answer.fallback_used, answer.unknown_items) == ((), False, ("x",))
+
+
+def test_fewer_items_than_k_are_left(recommender: Recommender) -> None:
+    everything = tuple(f"i{index}" for index in range(1, NUM_ITEMS + 1))
+    all_seen, all_excluded = recommender.recommend([Query(everything), Query((), exclude_items=everything)])
+    assert (all_seen.items, all_seen.fallback_used) == ((), False)
+    assert (all_excluded.items, all_excluded.fallback_used) == ((), True)
+
+
+def test_an_answer_does_not_depend_on_its_batch(recommender: Recommender, monkeypatch) -> None:
+    queries = [
+        Query(("i1",), k=3),
+        Query((), k=7),
+        Query(tuple(f"i{index}" for index in range(1, 20)), k=NUM_ITEMS),
+        Query(("i7", "x", "i7"), k=1, exclude_seen=False),
+        Query(("i8", "i9"), k=500, exclude_items=("i10",)),
+    ]
+    alone = [recommender.recommend([query])[0] for query in queries]
+    together = recommender.recommend(queries)
+    monkeypatch.setattr(recommender_module, "SCORES_AT_A_TIME", 2 * (NUM_ITEMS + 1))
+    in_parts = recommender.recommend(queries)
+    for one, other, part in zip(alone, together, in_parts, strict=True):
+        assert ids(one) == ids(other) == ids(part)
+        assert [item.score for item in one.items] == pytest.approx([item.score for item in other.items], abs=1e-5)
+        assert (one.unknown_items, one.fallback_used) == (other.unknown_items, other.fallback_used)
+    assert [len(one.items) for one in alone] == [3, 7, NUM_ITEMS - 19, 1, NUM_ITEMS - 3]
+
+
+def test_no_queries_no_answers(recommender: Recommender) -> None:
+    assert recommender.recommend([]) == []
+
+
+def test_metadata_are_the_columns_of_the_shop(recommender: Recommender) -> None:
+    assert recommender.metadata(["i2", "i1"]) == [
+        {"title": "Título 2", "price": None},
+        {"title": "Título 1", "price": 1.0},
+    ]
