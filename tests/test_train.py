@@ -1,0 +1,204 @@
+"""Training in one process: resume to the last bit, which run is continued, and what the run leaves behind."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from shop_log import shop_config
+
+from seqray.bundle import Bundle
+from seqray.config import Config
+from seqray.errors import ConfigError
+from train.fit import Trial, fit
+from train.optimizer import learning_rate
+from train.runs import Run
+from train.trainer import TrainingError
+
+
+class PowerCut(Exception):
+    """Ends a run from outside the training code."""
+
+
+def weights(bundle: Bundle) -> dict[str, torch.Tensor]:
+    return load_file(bundle.folder / "model.safetensors")
+
+
+def assert_same(one: Bundle, other: Bundle) -> None:
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    drop = ("train_seconds",)
+    assert {k: v for k, v in one.metrics.items() if k not in drop} == {
+        k: v for k, v in other.metrics.items() if k not in drop
+    }
+
+
+def cut_after(validations: int) -> Trial:
+    """A trial whose process dies after some validations."""
+    left = [validations]
+
+    def on_validation(metrics: object) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise PowerCut
+
+    return Trial("t1", Path(), on_validation)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_last_bit(tmp_path: Path, dropout: float) -> None:
+    config = shop_config(tmp_path, model={"dropout": dropout}, loss={"type": "bce"})
+    unbroken = fit(config)
+    trial = cut_after(2)
+    search = tmp_path / "search"
+    with pytest.raises(PowerCut):
+        fit(config, trial=Trial("t1", search, trial.on_validation))
+    log = search / "trials" / "t1" / "train.log"
+    resumed = fit(config, trial=Trial("t1", search))
+    # The last checkpoint before the cut lies within the second epoch: 4 steps an epoch, a checkpoint every 3.
+    assert "goes on from checkpoint" in log.read_text()
+    assert "epoch 2 goes on at step 2/4" in log.read_text()
+    assert_same(unbroken, resumed)
+
+
+def test_training_beats_popularity_and_fills_the_bundle(tmp_path: Path) -> None:
+    bundle = fit(shop_config(tmp_path, train={"epochs": 12}))
+    assert bundle.metrics["test/ndcg@10"] > 2 * bundle.metrics["baselines"]["popularity"]["test/ndcg@10"]
+    assert set(bundle.metrics["baselines"]) == {"popularity", "windowed_popularity", "markov_1", "personal_frequency"}
+    files = {"config.yaml", "model.safetensors", "items.parquet", "metrics.json", "manifest.json", "README.md"}
+    assert {path.name for path in bundle.folder.iterdir()} == files | {"training.png"}
+
+
+def test_a_finished_run_is_never_touched_again(tmp_path: Path) -> None:
+    config = shop_config(tmp_path, train={"epochs": 1})
+    first = fit(config)
+    before = {path: path.read_bytes() for path in first.folder.iterdir()}
+    second = fit(config)
+    assert second.folder != first.folder
+    assert before == {path: path.read_bytes() for path in first.folder.iterdir()}
+    assert all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(second).values(), strict=True))
+
+
+def start_and_leave(config: Config) -> Run:
+    """An unfinished run of `config`, as a killed command leaves it behind."""
+    root = Path(config.output) / "runs" / config.name
+    run = Run.load(fit(config).folder.parents[2] / "runs" / config.name / next(root.iterdir()).name)
+    bundle = Path(config.output) / "bundles" / config.name / run.id
+    for path in bundle.iterdir():
+        path.unlink()
+    bundle.rmdir()
+    return run.mark("unfinished")
+
+
+def test_a_changed_config_under_an_unfinished_name_is_refused_with_the_difference(tmp_path: Path) -> None:
+    config = shop_config(tmp_path, train={"epochs": 1})
+    run = start_and_leave(config)
+    with pytest.raises(ConfigError, match=re.escape("train.learning_rate: 0.01 -> 0.02")) as error:
+        fit(config.override({"train.learning_rate": 0.02}))
+    assert run.id in str(error.value)
+    assert "--fresh" in str(error.value)
+
+
+def test_changed_data_under_an_unfinished_name_is_refused(tmp_path: Path) -> None:
+    config = shop_config(tmp_path, train={"epochs": 1})
+    start_and_leave(config)
+    from shop_log import write_log
+
+    write_log(tmp_path, num_users=50)
+    with pytest.raises(ConfigError, match="content of the prepared store"):
+        fit(config)
+
+
+def test_what_does_not_decide_the_result_may_change(tmp_path: Path) -> None:
+    config = shop_config(tmp_path, train={"epochs": 1})
+    run = start_and_leave(config)
+    bundle = fit(config.override({"train.checkpoint_steps": 1, "serve.port": 9000}))
+    assert bundle.folder.name == run.id
+    assert Run.load(run.folder).status == "finished"
+
+
+def test_fresh_leaves_the_unfinished_run_alone(tmp_path: Path) -> None:
+    config = shop_config(tmp_path, train={"epochs": 1})
+    run = start_and_leave(config)
+    assert fit(config, fresh=True).folder.name != run.id
+    assert Run.load(run.folder).status == "abandoned"
+
+
+def test_a_second_command_on_the_same_run_is_refused(tmp_path: Path) -> None:
+    config = shop_config(tmp_path, train={"epochs": 1})
+    run = start_and_leave(config)
+    with run.lock(), pytest.raises(ConfigError, match="another command"):
+        fit(config)
+    assert Run.load(run.folder).attempt == run.attempt
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = shop_config(tmp_path, train={"epochs": 3})
+    unbroken = fit(config)
+    run = start_and_leave(config.override({"name": "damaged"}))
+    newest = sorted((run.folder / "checkpoints").glob("step_*"))[-1]
+    file = newest / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-8] if damage == "torn" else content[:-1] + bytes([content[-1] ^ 1]))
+    capsys.readouterr()
+    resumed = fit(config.override({"name": "damaged"}))
+    printed = capsys.readouterr().out
+    assert f"checkpoint passed over: {newest.name}" in printed
+    assert "model.safetensors" in printed
+    assert "goes on from checkpoint" in printed
+    assert_same(unbroken, resumed)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    config = shop_config(tmp_path, model={"type": "broken_models:Explodes", "max_length": 8})
+    with pytest.raises(TrainingError, match="epoch 1"):
+        fit(config)
+
+
+def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
+    bundle = fit(shop_config(tmp_path, train={"epochs": 60, "patience": 2, "learning_rate": 0.05}))
+    history = Run.load(next((tmp_path / "out" / "runs" / "shop").iterdir())).folder / "checkpoints"
+    progress = json.loads((sorted(history.glob("step_*"))[-1] / "progress.json").read_text())
+    values = [row["val/ndcg@10"] for row in progress["history"]]
+    assert bundle.metrics["epochs"] < 60
+    assert max(values) == bundle.metrics["val/ndcg@10"] == values[bundle.metrics["best_epoch"] - 1]
+    assert len(values) == bundle.metrics["best_epoch"] + 2
+
+
+def test_learning_rate_schedules() -> None:
+    assert [learning_rate(s, 10, 1.0, 4, "constant") for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate(7, 10, 1.0, 4, "linear") == pytest.approx(0.5)
+    assert learning_rate(7, 10, 1.0, 4, "cosine") == pytest.approx(0.5)
+    assert learning_rate(10, 10, 1.0, 4, "cosine") == pytest.approx(0.0)
+
+
+def test_a_killed_command_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    config = shop_config(tmp_path, train={"epochs": 150, "patience": 150, "checkpoint_steps": 20})
+    path = tmp_path / "config.yaml"
+    path.write_text(config.yaml())
+    command = [sys.executable, "-m", "train", str(path), "--json", str(tmp_path / "result.json")]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    root = tmp_path / "out" / "runs" / "shop"
+    deadline = time.monotonic() + 60
+    while not list(root.glob("*/checkpoints/step_*")):
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    second = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    assert "continues run" in second.stdout
+    assert "goes on from checkpoint" in second.stdout
+    result = json.loads((tmp_path / "result.json").read_text())
+    resumed = Bundle.load(Path(result["bundle"]))
+    assert f"serve.bundle={resumed.folder}" in second.stdout
+    assert_same(fit(config.override({"name": "unbroken"})), resumed)

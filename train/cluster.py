@@ -1,0 +1,96 @@
+"""Ray for train and tune: joining or starting a cluster, and one run on Ray Train's workers."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seqray.config import Config
+from train.job import LOG_FILE, Job
+from train.narrator import write_line
+from train.trainer import TrainingError
+from train.worker import ray_worker
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # each line of a worker would appear twice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the controller's next poll
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+START_UP_RETRIES = 3
+
+
+def connect(config: Config, cpus: int, *, state_api: bool = False) -> bool:
+    """Joins the cluster of `cluster.address`, or starts one in this process that holds `cpus`; True when started.
+
+    state_api: the cluster needs Ray's State API, which only a dashboard offers.
+    """
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        return False
+    address = config.cluster.address
+    if address != "local":
+        try:
+            ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+        except ConnectionError:
+            if address is not None or "RAY_ADDRESS" in os.environ:
+                raise
+        else:
+            return False
+    # The lines of a run come from its log (train.narrator); what Ray prints besides stays in Ray's own logs.
+    ray.init(
+        address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=state_api, log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
+    return True
+
+
+def uses_gpu(config: Config) -> bool:
+    """Whether each worker gets a GPU: asked for, or `auto` in a cluster that has enough now."""
+    import ray
+
+    if config.train.device != "auto":
+        return config.train.device == "cuda"
+    return bool(ray.cluster_resources().get("GPU", 0) >= max(1, config.train.num_workers))
+
+
+def train_on_ray(job: Job, config: Config, callbacks: Sequence[Any] = ()) -> None:
+    """Runs `job` on train.num_workers workers; a worker that dies is replaced and goes on from the last checkpoint."""
+    train = config.train
+    connect(config, train.num_workers * train.cpus_per_worker + 1)
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    class TellFailures(ray.train.UserCallback):  # type: ignore[misc]
+        """Writes to the run's log why workers are started again; lives in Ray's controller and must not raise."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            with contextlib.suppress(OSError):
+                for rank, error in sorted(worker_exceptions.items()):
+                    line = f"worker {rank} failed: {str(error).strip().splitlines()[-1:]}"
+                    write_line(Path(job.run_folder) / LOG_FILE, line)
+
+    use_gpu = uses_gpu(config)
+    resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    result = TorchTrainer(
+        ray_worker,
+        train_loop_config=job.plain(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            # Our own checkpoints decide where a run goes on, so Ray must not know this name from before.
+            name=f"attempt_{job.attempt}",
+            storage_path=f"{job.run_folder}/ray",
+            failure_config=ray.train.FailureConfig(
+                max_failures=train.max_failures, controller_failure_limit=START_UP_RETRIES
+            ),
+            callbacks=[TellFailures(), *callbacks],
+        ),
+    ).fit()
+    if result.return_value is not None:
+        raise TrainingError(result.return_value)

@@ -1,0 +1,46 @@
+"""What travels to a worker, as plain data with paths from the root."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from seqray.config import Config
+from train.runs import Run
+
+LOG_FILE = "train.log"
+"""In the run's folder: the lines that tell how the run goes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run for one attempt."""
+
+    config: dict[str, Any]
+    store: str
+    run_folder: str
+    run_id: str
+    attempt: int
+    bundle: str
+    """Where the bundle goes."""
+    wandb: str
+    """Where offline W&B runs go."""
+    group: str
+    """W&B group: the experiment, or the search that a trial belongs to."""
+    echo: bool
+    """The worker prints the lines of the run's log: it is the command's own process, and no trial among others."""
+
+    @classmethod
+    def of(cls, config: Config, run: Run, store: Path, output: Path, group: str, *, echo: bool) -> Self:
+        """The job of `run`; its bundle goes to `<output>/bundles/<name>/<run id>`."""
+        bundle = output / "bundles" / config.name / run.id
+        paths = {
+            "store": str(store),
+            "run_folder": str(run.folder),
+            "bundle": str(bundle),
+            "wandb": str(output / "wandb"),
+        }
+        return cls(config=config.plain(), run_id=run.id, attempt=run.attempt, group=group, echo=echo, **paths)
+
+    def plain(self) -> dict[str, Any]:
+        """The job as plain data, which `Job(**plain)` takes back."""
+        return asdict(self)

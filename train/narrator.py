@@ -1,0 +1,139 @@
+"""Tells how a run goes: lines on the terminal and metrics in W&B, from the first worker only."""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from seqray.samples import Step
+from seqray.sequences import SequenceStore
+from seqray.tracking import Tracker
+from train.job import Job
+from train.objective import uses_bf16
+from train.state import Progress
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Narrator:
+    """Writes to the run's log; `echo` prints the lines too. Silent (log is None) on all workers but the first."""
+
+    def __init__(self, log: Path | None, echo: bool, tracker: Tracker | None) -> None:
+        self._log_path, self._echo, self._tracker = log, echo, tracker
+        self._steps, self._epochs = 1, 1
+        self._since, self._tokens, self._lines_steps = time.perf_counter(), 0, 0
+
+    def start(
+        self, job: Job, model: nn.Module, store: SequenceStore, device: str, world: int, checkpoint: Path | None,
+        passed_over: Sequence[str],
+    ) -> None:  # fmt: skip
+        """What is trained on what, and from where it goes on."""
+        counts = store.manifest["counts"]
+        precision = "bf16" if uses_bf16(job.config["train"]["precision"], device) else "fp32"
+        self._say(
+            f"run {job.run_id}: {job.config['model']['type']} with {job.config['loss']['type']}, "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, {counts['users']:,} users, "
+            f"{counts['items']:,} items, {counts['train_events']:,} training events; "
+            f"{world} worker{'s'[: world > 1]} on {device}, {precision}"
+        )
+        for reason in passed_over:
+            self._say(f"checkpoint passed over: {reason}")
+        if checkpoint is not None:
+            self._say(f"goes on from checkpoint {checkpoint}")
+        elif job.attempt > 1:
+            self._say("goes on from the beginning: the run has no checkpoint yet")
+
+    def epoch(self, progress: Progress, steps: int, epochs: int) -> None:
+        """An epoch begins (or goes on)."""
+        if progress.step:
+            self._say(f"epoch {progress.epoch + 1} goes on at step {progress.step}/{steps}")
+        self._steps, self._epochs = steps, epochs
+        self._since, self._tokens, self._lines_steps = time.perf_counter(), 0, 0
+
+    def step(self, progress: Progress, step: Step, loss: Tensor, rate: float) -> None:
+        """A line every few seconds."""
+        self._tokens += step.global_tokens
+        self._lines_steps += 1
+        seconds = time.perf_counter() - self._since
+        if self._log_path is None or seconds < SECONDS_BETWEEN_LINES:
+            return
+        speed = self._tokens / seconds
+        left = ((self._epochs - progress.epoch) * self._steps - progress.step) * seconds / self._lines_steps
+        self._say(
+            f"epoch {progress.epoch + 1}/{self._epochs}  step {progress.step}/{self._steps}  "
+            f"{speed:,.0f} tokens/s  at most {timedelta(seconds=round(left))} left"
+        )
+        self._log({"train/tokens_per_s": speed, "train/learning_rate": rate}, progress.global_step)
+        self._since, self._tokens, self._lines_steps = time.perf_counter(), 0, 0
+
+    def validation(
+        self, progress: Progress, row: Mapping[str, float], monitor: str, baselines: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        """The validation of an epoch, with the baselines beside it."""
+        beside = "  ".join(f"{name} {metrics[monitor]:.4f}" for name, metrics in baselines.items())
+        best = "best so far" if progress.bad_validations == 0 else f"best {progress.best_value:.4f}"
+        self._say(
+            f"epoch {progress.epoch}/{self._epochs}  train/loss {row['train/loss']:.4f}  "
+            f"{monitor} {row[monitor]:.4f} ({best})  beside: {beside}"
+        )
+        metrics = {key: value for key, value in row.items() if "/" in key}
+        self._log({**metrics, "epoch": progress.epoch}, progress.global_step)
+
+    def checkpoint(self, path: Path) -> None:
+        """A checkpoint was written."""
+        if self._tracker is not None:
+            self._tracker.summary({"checkpoint": str(path)})
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """The run's result, for W&B."""
+        if self._tracker is not None:
+            self._tracker.summary(values)
+
+    def finish(self, exit_code: int) -> None:
+        """Ends the W&B run."""
+        if self._tracker is not None:
+            self._tracker.finish(exit_code)
+
+    def _say(self, line: str) -> None:
+        if self._log_path is not None:
+            write_line(self._log_path, line)
+            if self._echo:
+                print(line, flush=True)
+
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._tracker is not None:
+            self._tracker.log(metrics, step)
+
+
+def write_line(log: Path, line: str) -> None:
+    """Appends a line to a run's log."""
+    with log.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+@contextmanager
+def echo_new_lines(log: Path) -> Iterator[None]:
+    """Prints what is added to the log meanwhile: the lines of a worker that runs elsewhere."""
+    log.touch()
+    over = threading.Event()
+    thread = threading.Thread(target=_follow, args=(log, log.stat().st_size, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _follow(log: Path, start: int, over: threading.Event) -> None:
+    with log.open(encoding="utf-8") as file:
+        file.seek(start)
+        last_look = False
+        while not last_look:
+            last_look = over.wait(0.2)
+            print(file.read(), end="", flush=True)

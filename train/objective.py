@@ -1,0 +1,40 @@
+"""Model and loss as one module, so that DDP sees the whole forward pass."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from seqray.losses import Loss
+from seqray.models.protocol import SequentialModel
+from seqray.negatives import Negatives
+from seqray.samples import Step
+
+
+class Objective(nn.Module):
+    """Step -> the loss summed over this worker's tokens, under bf16 autocast where that was asked for."""
+
+    def __init__(
+        self, model: SequentialModel, loss: Loss, num_items: int, precision: Literal["auto", "bf16", "fp32"]
+    ) -> None:
+        super().__init__()
+        self.model, self._loss, self._num_items, self._precision = model, loss, num_items, precision
+
+    def forward(self, step: Step, key: tuple[int, int, int]) -> Tensor:
+        """key: (seed, epoch, step), from which the negatives are drawn."""
+        batch = step.batch
+        assert batch.targets_T is not None and batch.token_T is not None
+        negatives = Negatives(key, self._num_items, batch.token_T, step.global_tokens)
+        device = batch.items_T.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=uses_bf16(self._precision, device)):
+            hidden_TD = self.model.encode(batch)
+            return self._loss(hidden_TD, batch.targets_T, self.model.item_weights(), negatives)
+
+
+def uses_bf16(precision: Literal["auto", "bf16", "fp32"], device: str) -> bool:
+    """Whether the matrix products run in bf16; auto: where the hardware multiplies bf16."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

@@ -1,0 +1,41 @@
+"""What the commands print at the end: the model beside the baselines, and the next command."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from seqray.bundle import Bundle
+from seqray.command import write_json
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def print_metrics(title: str, rows: Rows) -> None:
+    """A table with one line for each row and one column for each metric that the first row has."""
+    keys = [key for key, value in next(iter(rows.values())).items() if isinstance(value, float) and "@" in key]
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for key in keys:
+        table.add_column(key.split("/")[-1], justify="right")
+    for name, metrics in rows.items():
+        table.add_row(name, *(f"{metrics[key]:.4f}" if key in metrics else "" for key in keys))
+    Console(width=max(100, 16 + 15 * len(keys))).print(table)
+
+
+def bundle_rows(bundle: Bundle, split: str) -> dict[str, dict[str, float]]:
+    """The bundle's metrics of one split, and the baselines'."""
+    everything = {bundle.config.model.type: bundle.metrics, **bundle.metrics["baselines"]}
+    return {
+        name: {key: value for key, value in metrics.items() if key.startswith(f"{split}/")}
+        for name, metrics in everything.items()
+    }
+
+
+def finish_command(bundle: Bundle, config_path: str, json_path: str | None) -> None:
+    """Prints what a train run or a search made and the command that serves it; writes the same as JSON."""
+    print_metrics(f"test, full ranking over {len(bundle.vocabulary):,} items", bundle_rows(bundle, "test"))
+    if json_path:
+        write_json(json_path, {"bundle": str(bundle.folder), "metrics": bundle.metrics})
+    print(f"bundle: {bundle.folder}\nnext:   python -m serve {config_path} serve.bundle={bundle.folder}")

@@ -1,0 +1,157 @@
+"""The training loop of one worker: epochs, validations, checkpoints, early stopping. Knows no framework."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqray.config import Config
+from seqray.errors import SeqrayError
+from seqray.evaluation import Part, evaluate, model_scorer, with_split
+from seqray.samples import Step, TrainingSamples
+from seqray.sequences import SequenceStore, Split
+from train.baseline_rows import Rows, baseline_rows
+from train.narrator import Narrator
+from train.optimizer import learning_rate
+from train.runs import check_attempt
+from train.state import TrainState
+
+
+class TrainingError(SeqrayError):
+    """Training that cannot go on, such as a loss that is not finite."""
+
+
+class Trainer:
+    """Drives `state` to the end of training. Every random draw follows from (seed, epoch, step, worker)."""
+
+    def __init__(
+        self, config: Config, store: SequenceStore, state: TrainState, objective: nn.Module, part: Part,
+        narrator: Narrator, run_folder: Path, attempt: int,
+    ) -> None:  # fmt: skip
+        self._config, self._store, self._state, self._objective = config, store, state, objective
+        self._part, self._narrator, self._run_folder, self._attempt = part, narrator, run_folder, attempt
+        self._device = next(state.model.parameters()).device
+        self._samples = TrainingSamples(store, state.model.max_length, config.train.windows, config.seed)
+        self._steps = self._samples.steps(config.train.batch_size)
+        # A checkpoint holds the loss of all workers; the first one takes it over.
+        loss = 0.0 if part.rank else state.progress.loss_sum
+        self._loss_sum = torch.tensor(loss, dtype=torch.float64, device=self._device)
+        self._epoch_loss = math.nan
+        if not len(self._samples):
+            raise TrainingError(f"{store.folder}: no user has two training events, so there is nothing to learn")
+
+    def train(self, report: Callable[[Mapping[str, float]], None]) -> None:
+        """Trains until the last epoch or until `patience` validations passed without a better one."""
+        progress = self._state.progress
+        while not progress.done:
+            self._train_epoch()
+            last = progress.epoch == self._config.train.epochs
+            if last or progress.epoch % self._config.train.evaluate_every == 0:
+                metrics = self._validate()
+                progress.done = last or progress.bad_validations >= self._config.train.patience
+                if progress.done:
+                    self._save_checkpoint()
+                report(metrics)
+
+    def final_metrics(self) -> dict[str, Any]:
+        """Test metrics of the best weights, its validation, and the baselines; the test targets are ranked once."""
+        progress = self._state.progress
+        self._state.model.load_state_dict(self._state.best)
+        best = next(row for row in progress.history if row["epoch"] == progress.best_epoch)
+        chosen = {key: value for key, value in best.items() if key.startswith("val/")}
+        tested = self._evaluate("test")
+        val, test = self._baseline_rows("val"), self._baseline_rows("test")
+        return {
+            **tested, **chosen, "baselines": {name: val[name] | test[name] for name in test},
+            "best_epoch": progress.best_epoch, "epochs": progress.epoch, "steps": progress.global_step,
+            "train_seconds": round(progress.seconds, 1),
+        }  # fmt: skip
+
+    def _train_epoch(self) -> None:
+        progress, batch_size = self._state.progress, self._config.train.batch_size
+        self._objective.train()
+        order = self._samples.order(progress.epoch)
+        self._narrator.epoch(progress, self._steps, self._config.train.epochs)
+        while progress.step < self._steps:
+            started = time.perf_counter()
+            step = self._samples.step(order, progress.step, batch_size, self._part.rank, self._part.world)
+            self._optimize(step)
+            progress.step += 1
+            progress.global_step += 1
+            progress.seconds += time.perf_counter() - started
+            self._narrator.step(progress, step, self._loss_sum, self._learning_rate())
+            if progress.global_step % self._config.train.checkpoint_steps == 0:
+                self._save_checkpoint()
+        self._epoch_loss = float(self._global_loss()) / self._samples.tokens
+        self._loss_sum.zero_()
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        if not math.isfinite(self._epoch_loss):
+            raise TrainingError(
+                f"train/loss is {self._epoch_loss} in epoch {progress.epoch}: try a lower train.learning_rate"
+            )
+
+    def _optimize(self, step: Step) -> None:
+        train, progress = self._config.train, self._state.progress
+        key = (self._config.seed, progress.epoch, progress.step)
+        torch.manual_seed(hash((*key, self._part.rank)))
+        on_device = Step(step.batch.to(self._device), step.weight, step.global_tokens)
+        loss = self._objective(on_device, key) * step.weight
+        # DDP takes the mean of the gradients over workers; the loss is the sum over all tokens of the step.
+        (loss * (self._part.world / step.global_tokens)).backward()
+        if train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._state.model.parameters(), train.clip_norm)
+        for group in self._state.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self._state.optimizer.step()
+        self._state.optimizer.zero_grad(set_to_none=True)
+        self._loss_sum += loss.detach()
+
+    def _learning_rate(self) -> float:
+        train = self._config.train
+        total = self._steps * train.epochs
+        step = self._state.progress.global_step
+        return learning_rate(step, total, train.learning_rate, train.warmup_steps, train.schedule)
+
+    def _validate(self) -> dict[str, float]:
+        """The row of this validation, after noting whether it is the best so far."""
+        progress, monitor = self._state.progress, self._config.train.monitor
+        metrics = {"train/loss": self._epoch_loss, **self._evaluate("val")}
+        if metrics[monitor] > progress.best_value:
+            progress.best_value, progress.best_epoch, progress.bad_validations = metrics[monitor], progress.epoch, 0
+            self._state.keep_best()
+        else:
+            progress.bad_validations += 1
+        row = {"epoch": progress.epoch, "step": progress.global_step, "seconds": round(progress.seconds, 2), **metrics}
+        progress.history.append(row)
+        self._narrator.validation(progress, row, monitor, self._baseline_rows("val"))
+        return row
+
+    def _evaluate(self, split: Split) -> dict[str, float]:
+        model = self._state.model.eval()
+        scorer = model_scorer(model, self._device)
+        queries = self._store.queries(split)
+        found = evaluate(scorer, queries, self._config.evaluate, self._store.num_items, self._part)
+        return with_split(found, split)
+
+    def _baseline_rows(self, split: Split) -> Rows:
+        """From the first worker alone: nobody else prints or stores them."""
+        return {} if self._part.rank else baseline_rows(self._store, split, self._config.evaluate)
+
+    def _global_loss(self) -> Tensor:
+        return self._part.sum_over_workers(self._loss_sum)
+
+    def _save_checkpoint(self) -> None:
+        """Written by the first worker; the others only add their part of the epoch's loss."""
+        loss = self._global_loss()
+        if self._part.rank:
+            self._loss_sum.zero_()
+            return
+        self._loss_sum = loss.clone()
+        self._state.progress.loss_sum = float(loss)
+        check_attempt(self._run_folder, self._attempt)
+        path = self._state.save(self._run_folder / "checkpoints", self._config.train.keep_checkpoints)
+        self._narrator.checkpoint(path)
