@@ -1,0 +1,156 @@
+"""search: from a config with `tune.space` to the bundle of the best trial."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from seqray.bundle import Bundle
+from seqray.config import Config, Distribution, TuneConfig
+from seqray.errors import ConfigError, SeqrayError
+from train.cluster import connect, uses_gpu
+from train.prepare import ensure_store
+from train.runs import Run, absolute, choose_run
+from tune.trial import run_trial
+from tune.trials import Recorder, draw_search, print_trials, read_trials
+
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+NESTED_TRIAL_CPU = 0.01
+"""A trial that only drives Ray Train's workers must not take a CPU away from them."""
+
+
+class SearchError(SeqrayError):
+    """A search without a winner."""
+
+
+def search(config: Config, *, fresh: bool = False) -> Bundle:
+    """Runs `tune.num_trials` trials and gives back the bundle of the one best by `train.monitor` on validation.
+
+    An unfinished search of the same name and config goes on: finished trials are kept, interrupted ones continue from
+    their checkpoints. A trial that fails costs one trial. Errors: ConfigError without tune.space or when the
+    unfinished search differs; SearchError when no trial finished.
+    """
+    if not config.tune.space:
+        raise ConfigError("tune.space: nothing to search; give it paths such as train.learning_rate")
+    output = absolute(config.output)
+    store = ensure_store(config)
+    root = output / "searches" / config.name
+    run, continued = choose_run(root, config, store.manifest["content_sha256"], fresh=fresh)
+    with run.lock():
+        run = run.next_attempt()
+        print(f"{'continues ' if continued else ''}search {run.id} in {run.folder}", flush=True)
+        _run_trials(config, run)
+        rows = read_trials(run.folder)
+        print_trials(rows, config.train.monitor)
+        picture = draw_search(run.folder, rows, config.train.monitor)
+        print(f"search plot: {picture}")
+        unfinished = [row for row in rows if row.status == "interrupted"]
+        if unfinished or len(rows) < config.tune.num_trials:
+            raise SearchError(f"{run.folder}: the search was interrupted; the same command goes on with it")
+        run.mark("finished")
+    winner = max((row for row in rows if row.bundle), key=lambda row: row.best, default=None)
+    if winner is None:
+        raise SearchError(f"{run.folder}: no trial finished; the first error: {rows[0].error or 'none'}")
+    assert winner.bundle is not None
+    print(f"winner: trial {winner.number}, {config.train.monitor} {winner.best:.4f}, {winner.sample}")
+    return Bundle.load(Path(winner.bundle), trusted=(config.model.type,))
+
+
+def _run_trials(config: Config, run: Run) -> None:
+    nested = config.train.num_workers > 1
+    workers = config.train.num_workers * config.train.cpus_per_worker
+    connect(config, workers + 1 if nested else 1, state_api=nested)
+    import ray
+    import ray.tune
+
+    use_gpu = uses_gpu(config)
+    resources = {"cpu": NESTED_TRIAL_CPU if nested else config.train.cpus_per_worker}
+    if use_gpu and not nested:
+        resources["gpu"] = 1
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, job=_job(config, run)), resources)
+    path = run.folder / "tune"
+    if ray.tune.Tuner.can_restore(str(path)):
+        tuner = ray.tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True)
+    else:
+        at_once = config.tune.max_concurrent or _places(config, nested, use_gpu)
+        tuner = ray.tune.Tuner(
+            trainable,
+            param_space={key: _domain(value) for key, value in config.tune.space.items()},
+            tune_config=_tune_config(config, at_once),
+            run_config=ray.tune.RunConfig(
+                name="tune",
+                storage_path=str(run.folder),
+                verbose=0,
+                callbacks=[Recorder(run.folder, config.train.monitor)],
+            ),
+        )
+    tuner.fit()
+
+
+def _job(config: Config, run: Run) -> dict[str, Any]:
+    return {
+        "config": config.override(
+            {"output": str(absolute(config.output)), "data.store": str(absolute(config.data.store))}
+        ).plain(),
+        "search": str(run.folder),
+    }
+
+
+def _places(config: Config, nested: bool, use_gpu: bool) -> int:
+    """Trials that the cluster holds at a time."""
+    import ray
+
+    resources = ray.cluster_resources()
+    workers = config.train.num_workers if nested else 1
+    if use_gpu:
+        return max(1, int(resources.get("GPU", 0)) // workers)
+    return max(1, int(resources.get("CPU", 1)) // (workers * config.train.cpus_per_worker))
+
+
+def _tune_config(config: Config, at_once: int) -> Any:
+    import optuna
+    import ray.tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    tune, monitor = config.tune, config.train.monitor
+    sampler: Any = BasicVariantGenerator(random_state=config.seed)
+    if tune.search == "optuna":
+        sampler = OptunaSearch(seed=config.seed, metric=monitor, mode="max")
+    return ray.tune.TuneConfig(
+        metric=monitor,
+        mode="max",
+        num_samples=tune.num_trials,
+        max_concurrent_trials=at_once,
+        search_alg=sampler,
+        scheduler=_asha(tune, config, ASHAScheduler) if tune.scheduler == "asha" else None,
+    )
+
+
+def _asha(tune: TuneConfig, config: Config, scheduler: Any) -> Any:
+    """Time is counted in epochs, so that a trial that was interrupted goes on where it stood.
+
+    The end lies after the last epoch: a trial that got there still has to rank the test targets and write its bundle.
+    """
+    epochs = config.train.epochs
+    return scheduler(
+        time_attr="epoch",
+        max_t=epochs + 1,
+        grace_period=min(tune.grace_validations * config.train.evaluate_every, epochs),
+        reduction_factor=tune.reduction_factor,
+    )
+
+
+def _domain(distribution: Distribution) -> Any:
+    import ray.tune
+
+    if distribution.choice is not None:
+        return ray.tune.choice(list(distribution.choice))
+    if distribution.uniform is not None:
+        return ray.tune.uniform(*distribution.uniform)
+    if distribution.loguniform is not None:
+        return ray.tune.loguniform(*distribution.loguniform)
+    assert distribution.randint is not None
+    low, high = distribution.randint
+    return ray.tune.randint(low, high + 1)

@@ -1,0 +1,151 @@
+"""The trials of a search: what is recorded of them, their table and their picture."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray.tune
+from rich.console import Console
+from rich.table import Table
+
+from seqray.command import write_json
+from train.runs import Run
+
+TRIALS_FILE = "trials.json"
+Status = Literal["finished", "stopped early", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial as it ended."""
+
+    number: int
+    status: Status
+    sample: dict[str, Any]
+    best: float
+    """Best value of the monitored metric; -1 when there was no validation."""
+    epochs: int
+    seconds: float
+    bundle: str | None = None
+    error: str | None = None
+
+
+class Recorder(ray.tune.Callback):  # type: ignore[misc]
+    """Prints each validation of each trial and writes trials.json when the search ends.
+
+    It goes to disk because a search that is continued gets a copy of this object, not the object itself.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        self._folder, self._monitor = folder, monitor
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A validation."""
+        print(
+            f"trial {_number(trial)}  epoch {result['epoch']}  {self._monitor} {result[self._monitor]:.4f}", flush=True
+        )
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial failed; the search goes on without it."""
+        print(f"trial {_number(trial)}  failed: {_last_line(trial.get_error())}", flush=True)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """All trials are over, or the search was interrupted."""
+        rows = sorted((self._row(_number(trial), trial) for trial in trials), key=lambda row: row.number)
+        write_json(self._folder / TRIALS_FILE, [asdict(row) for row in rows])
+
+    def _row(self, number: int, trial: Any) -> TrialRow:
+        status: Status = "failed" if trial.status == "ERROR" else "interrupted"
+        bundle = None
+        if trial.status == "TERMINATED":
+            run = self._folder / "trials" / f"{self._folder.name}-{trial.trial_id}"
+            finished = Run.load(run).status == "finished"
+            status = "finished" if finished else "stopped early"
+            bundle = str(self._bundle(run)) if finished else None
+        best = trial.metric_analysis.get(self._monitor, {}).get("max", -1.0)
+        last = trial.last_result or {}
+        error = _last_line(trial.get_error()) if status == "failed" else None
+        seconds = round(float(last.get("seconds", 0.0)), 1)
+        return TrialRow(number, status, dict(trial.config), best, int(last.get("epoch", 0)), seconds, bundle, error)
+
+    def _bundle(self, run: Path) -> Path:
+        name = self._folder.parent.name
+        return self._folder.parents[2] / "bundles" / name / run.name
+
+
+def read_trials(search: Path) -> list[TrialRow]:
+    """The rows that the Recorder wrote, in the order of their numbers."""
+    return [TrialRow(**row) for row in json.loads((search / TRIALS_FILE).read_text(encoding="utf-8"))]
+
+
+def print_trials(rows: Sequence[TrialRow], monitor: str) -> None:
+    """A table, best trial first."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.sample))
+    table = Table(title="trials", title_justify="left")
+    for column in ("trial", "status", monitor, "epochs", "seconds", *keys, "error"):
+        table.add_column(column, overflow="fold")
+    for row in sorted(rows, key=lambda row: -row.best):
+        values = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.sample.get(key, "") for key in keys)]
+        best = f"{row.best:.4f}" if row.best >= 0 else ""
+        table.add_row(
+            str(row.number), row.status, best, str(row.epochs), f"{row.seconds:.1f}", *values, row.error or ""
+        )
+    Console(width=max(110, 50 + 22 * len(keys))).print(table)
+
+
+def draw_search(search: Path, rows: Sequence[TrialRow], monitor: str) -> Path:
+    """A PNG: the metric of each trial and the best so far, then the metric over each searched value."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    seen = [row for row in rows if row.best >= 0]
+    keys = list(dict.fromkeys(key for row in rows for key in row.sample))
+    figure = Figure(figsize=(4 * (len(keys) + 1), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(keys) + 1, sharey=True, squeeze=False)[0]
+    numbers = [row.number for row in seen]
+    axes[0].step(
+        numbers, _running_best([row.best for row in seen]), where="post", color="tab:gray", label="best so far"
+    )
+    axes[0].set(xlabel="trial", ylabel=monitor)
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis, key in zip(axes[1:], keys, strict=True):
+        axis.set_xlabel(key)
+        if all(isinstance(row.sample[key], int) for row in seen):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if all(isinstance(row.sample[key], float) for row in seen) and _wide(seen, key):
+            axis.set_xscale("log")
+    for status, color in (("finished", "tab:blue"), ("stopped early", "tab:orange"), ("failed", "tab:red")):
+        some = [row for row in seen if row.status == status]
+        for axis, xs in zip(
+            axes, [[r.number for r in some], *([r.sample[k] for r in some] for k in keys)], strict=True
+        ):
+            axis.scatter(xs, [row.best for row in some], color=color, label=status if some else None)
+    axes[0].legend(fontsize="small")
+    FigureCanvasAgg(figure)
+    path = search / "search.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _running_best(values: Sequence[float]) -> list[float]:
+    return [max(values[: end + 1]) for end in range(len(values))]
+
+
+def _wide(rows: Sequence[TrialRow], key: str) -> bool:
+    values: list[float] = [row.sample[key] for row in rows]
+    return bool(values) and min(values) > 0 and max(values) > 5 * min(values)
+
+
+def _number(trial: Any) -> int:
+    """Ray counts trials in the tag's first part; their order in its list changes when a search is continued."""
+    return int(trial.experiment_tag.split("_")[0])
+
+
+def _last_line(error: Any) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else ""
