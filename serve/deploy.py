@@ -1,0 +1,151 @@
+"""deploy(config): a bundle becomes a Ray Serve application that answers over HTTP.
+
+What imports PyTorch or Ray is imported inside the functions, so that a mistake in the config is answered at once.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seqray.config import Config
+from seqray.errors import BundleError, ConfigError
+from serve.cluster import check_resources, connect
+
+if TYPE_CHECKING:
+    from seqray.bundle import Bundle
+
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - shown as an address that can be asked
+CONSTRUCTOR_TRIES = 3
+DEPLOYMENT = "recommender"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A running application; `is_local` when its cluster ends with this process."""
+
+    url: str
+    application: str
+    bundle: "Bundle"
+    is_local: bool
+
+
+def deploy(config: Config) -> str:
+    """Serves `config.serve.bundle` under the name of the config and returns the URL; see `start`."""
+    return start(config).url
+
+
+def start(config: Config) -> Deployment:
+    """Verifies the bundle, finds or starts the cluster, and waits until the replicas are ready.
+
+    A local cluster lives as long as this process. ConfigError or BundleError when something does not fit.
+    """
+    from seqray.bundle import Bundle
+
+    if config.serve.bundle is None:
+        raise ConfigError("serve.bundle: name the bundle to deploy, such as serve.bundle=.seqray/bundles/shop/RUN")
+    trusted = (config.model.type, config.loss.type)  # the user wrote these into the config
+    bundle = Bundle.load(Path(config.serve.bundle).resolve(), trusted)
+    is_local = connect(config)
+    try:
+        check_resources(config)
+        url = _run(config, bundle, trusted)
+    except BaseException:
+        stop_cluster(is_local)
+        raise
+    return Deployment(url, config.name, bundle, is_local)
+
+
+def stop(deployment: Deployment) -> None:
+    """Takes the application away, and the cluster when it is ours."""
+    import ray.serve
+
+    if not deployment.is_local:
+        ray.serve.delete(deployment.application)
+    stop_cluster(deployment.is_local)
+
+
+def stop_cluster(is_local: bool) -> None:
+    """Shuts a local cluster down; leaves another one alone."""
+    import ray
+    import ray.serve
+
+    if is_local and ray.is_initialized():
+        # Serve's controller ends by killing itself, of which Ray then prints a warning with every shutdown.
+        with contextlib.redirect_stdout(io.StringIO()):
+            ray.serve.shutdown()  # first: HAProxy would outlive a cluster that just vanishes
+            ray.shutdown()
+
+
+def _run(config: Config, bundle: "Bundle", trusted: tuple[str, ...]) -> str:
+    import ray.serve
+    from ray.serve.exceptions import RayServeException
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve = config.serve
+    ray.serve.start(http_options={"host": serve.host, "port": serve.port}, logging_config={"enable_access_log": False})
+    arguments = (str(bundle.folder), trusted, config.name, serve.device, math.ceil(serve.cpus_per_replica))
+    application = _deployment(config).bind(*arguments, serve.max_batch_size)
+    try:
+        ray.serve.run(application, name=config.name, route_prefix="/")
+    except RayServeException as error:
+        raise ConfigError(f"name: {config.name!r} cannot be deployed: {_last_words(str(error))}") from error
+    except RuntimeError as error:
+        reason = _last_words(_status_message(config.name) or str(error))
+        raise BundleError(f"{bundle.folder}: the replicas did not become ready: {reason}") from error
+    return _url()
+
+
+def _deployment(config: Config) -> Any:
+    import ray.serve
+
+    from serve.replica import Replica
+
+    serve = config.serve
+    resources = {"num_cpus": serve.cpus_per_replica, "num_gpus": 1 if serve.device == "cuda" else 0}
+    return ray.serve.deployment(
+        name=DEPLOYMENT,
+        max_ongoing_requests=serve.max_ongoing_requests,
+        # HAProxy's replicas count a request as queued on arrival: with 0 they would refuse every one.
+        max_queued_requests=max(1, serve.max_queued_requests),
+        backpressure_config={"status_code": 503, "retry_after_s": serve.retry_after_s},
+        ray_actor_options=resources,
+        autoscaling_config={
+            "min_replicas": serve.min_replicas,
+            "max_replicas": serve.max_replicas,
+            "initial_replicas": max(1, serve.min_replicas),
+            "target_ongoing_requests": serve.target_ongoing_requests,
+            "upscale_delay_s": serve.upscale_delay_s,
+            "downscale_delay_s": serve.downscale_delay_s,
+            "metrics_interval_s": serve.metrics_interval_s,
+        },
+        logging_config={"enable_access_log": False},
+        max_constructor_retry_count=CONSTRUCTOR_TRIES,
+    )(ray.serve.ingress()(Replica))
+
+
+def _url() -> str:
+    # A cluster that served before keeps its address, whatever is asked now; no public function tells it.
+    from ray.serve.context import _get_global_client
+
+    options = _get_global_client().http_config
+    host = WILDCARDS.get(options.host, options.host)
+    return f"http://[{host}]:{options.port}" if ":" in host else f"http://{host}:{options.port}"
+
+
+def _status_message(name: str) -> str:
+    import ray.serve
+
+    status = ray.serve.status().applications.get(name)
+    return "\n".join(part.message for part in status.deployments.values()) if status else ""
+
+
+def _last_words(text: str) -> str:
+    """The last error that a traceback of Ray names, without the traceback."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception):", line)]
+    return (named or lines or ["no reason given"])[-1]

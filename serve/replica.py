@@ -1,0 +1,28 @@
+"""One replica: verifies the bundle itself, loads it, warms up, and only then has an application to answer with."""
+
+from fastapi import FastAPI
+
+from seqray.bundle import Bundle
+from seqray.recommender import Recommender
+from serve.application import Service, build_application
+
+
+class Replica:
+    """The ingress deployment, with the model inside: a second hop would cost several times the work."""
+
+    def __init__(
+        self,
+        bundle: str,
+        trusted: tuple[str, ...],
+        name: str,
+        device: str,
+        num_threads: int,
+        max_batch_size: int,
+    ) -> None:
+        recommender = Recommender(Bundle.load(bundle, trusted), device, num_threads)
+        self.service = Service(recommender, name, max_batch_size)
+        self.service.warm_up()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Ray Serve after the constructor."""
+        return build_application(self.service)
