@@ -23,7 +23,7 @@ class Job:
     bundle: str
     """Where the bundle goes."""
     wandb: str
-    """Where offline W&B runs go."""
+    """Offline W&B runs go to the folder `wandb` in here."""
     group: str
     """W&B group: the experiment, or the search that a trial belongs to."""
     echo: bool
@@ -37,7 +37,7 @@ class Job:
             "store": str(store),
             "run_folder": str(run.folder),
             "bundle": str(bundle),
-            "wandb": str(output / "wandb"),
+            "wandb": str(output),
         }
         return cls(config=config.plain(), run_id=run.id, attempt=run.attempt, group=group, echo=echo, **paths)
 

@@ -47,6 +47,8 @@ class Trainer:
     def train(self, report: Callable[[Mapping[str, float]], None]) -> None:
         """Trains until the last epoch or until `patience` validations passed without a better one."""
         progress = self._state.progress
+        if progress.done:
+            report(progress.history[-1])  # of a former attempt, whose listener may not have noted it
         while not progress.done:
             self._train_epoch()
             last = progress.epoch == self._config.train.epochs

@@ -80,7 +80,7 @@ def _run_trials(config: Config, run: Run) -> None:
                 name="tune",
                 storage_path=str(run.folder),
                 verbose=0,
-                callbacks=[Recorder(run.folder, config.train.monitor)],
+                callbacks=[Recorder(run.folder, config.train.monitor, int(config.tune.search == "optuna"))],
             ),
         )
     tuner.fit()

@@ -38,24 +38,26 @@ class Recorder(ray.tune.Callback):  # type: ignore[misc]
     It goes to disk because a search that is continued gets a copy of this object, not the object itself.
     """
 
-    def __init__(self, folder: Path, monitor: str) -> None:
-        self._folder, self._monitor = folder, monitor
+    def __init__(self, folder: Path, monitor: str, first_tag: int) -> None:
+        """first_tag: what Ray counts the trials from, which depends on the sampler."""
+        self._folder, self._monitor, self._first_tag = folder, monitor, first_tag
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """A validation."""
         print(
-            f"trial {_number(trial)}  epoch {result['epoch']}  {self._monitor} {result[self._monitor]:.4f}", flush=True
+            f"trial {self._number(trial)}  epoch {result['epoch']}  {self._monitor} {result[self._monitor]:.4f}",
+            flush=True,
         )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial failed; the search goes on without it."""
-        print(f"trial {_number(trial)}  failed: {_last_line(trial.get_error())}", flush=True)
+        """A trial failed; Ray has printed why."""
+        print(f"trial {self._number(trial)}  failed; the search goes on without it", flush=True)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """All trials are over, or the search was interrupted."""
-        rows = sorted((self._row(_number(trial), trial) for trial in trials), key=lambda row: row.number)
+        rows = sorted((self._row(self._number(trial), trial) for trial in trials), key=lambda row: row.number)
         write_json(self._folder / TRIALS_FILE, [asdict(row) for row in rows])
 
     def _row(self, number: int, trial: Any) -> TrialRow:
@@ -71,6 +73,10 @@ class Recorder(ray.tune.Callback):  # type: ignore[misc]
         error = _last_line(trial.get_error()) if status == "failed" else None
         seconds = round(float(last.get("seconds", 0.0)), 1)
         return TrialRow(number, status, dict(trial.config), best, int(last.get("epoch", 0)), seconds, bundle, error)
+
+    def _number(self, trial: Any) -> int:
+        """From 1, in the order of the samples; Ray's own list changes its order when a search is continued."""
+        return int(trial.experiment_tag.split("_")[0]) - self._first_tag + 1
 
     def _bundle(self, run: Path) -> Path:
         name = self._folder.parent.name
@@ -139,11 +145,6 @@ def _running_best(values: Sequence[float]) -> list[float]:
 def _wide(rows: Sequence[TrialRow], key: str) -> bool:
     values: list[float] = [row.sample[key] for row in rows]
     return bool(values) and min(values) > 0 and max(values) > 5 * min(values)
-
-
-def _number(trial: Any) -> int:
-    """Ray counts trials in the tag's first part; their order in its list changes when a search is continued."""
-    return int(trial.experiment_tag.split("_")[0])
 
 
 def _last_line(error: Any) -> str:

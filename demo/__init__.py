@@ -1,0 +1,1 @@
+"""The whole road on a made-up shop: `python -m demo`."""
