@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from seqray.baselines import Baselines
-from seqray.config import EvaluateConfig
 from seqray.metrics import RankCounts, rank_metrics
 from seqray.models.protocol import SequentialModel
+from seqray.program_config import EvaluateConfig
 from seqray.ranking import mask_scores, target_ranks, top_k
 from seqray.sequences import Queries, SequenceStore, Split
 

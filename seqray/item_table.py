@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from seqray.config import ItemsConfig
+from seqray.data_config import ItemsConfig
 from seqray.errors import DataError
 from seqray.id_columns import id_column
 from seqray.table_files import TableFile, check_columns, column_names, find_files, read_columns

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from seqray.config import DataConfig
+from seqray.data_config import DataConfig
 from seqray.errors import DataError
 from seqray.id_columns import encode_ids, id_column
 from seqray.interactions import Interactions

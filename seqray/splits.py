@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from seqray.config import SplitConfig
+from seqray.data_config import SplitConfig
 from seqray.errors import DataError
 from seqray.interactions import Interactions
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from seqray import __version__
-from seqray.config import DataConfig
+from seqray.data_config import DataConfig
 from seqray.interactions import Interactions
 from seqray.item_table import item_table
 from seqray.sequences import FORMAT_VERSION, ITEMS_FILE, MANIFEST_FILE, SEQUENCES_FILE, SPLIT_COLUMNS

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from seqray.config import TrackingConfig
 from seqray.errors import ConfigError
+from seqray.program_config import TrackingConfig
 
 ENVIRONMENT_MODES = {
     "online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline",

@@ -10,9 +10,10 @@ import torch
 from shop_log import NUM_ITEMS, shop_config
 
 from seqray.baselines import Baselines
-from seqray.config import Config, EvaluateConfig
+from seqray.config import Config
 from seqray.evaluation import Part, evaluate, evaluate_baselines, model_scorer
 from seqray.models.protocol import build_model
+from seqray.program_config import EvaluateConfig
 from seqray.samples import TrainingSamples
 from seqray.sequences import SequenceStore
 from train.prepare import ensure_store

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from seqray.config import SplitConfig
+from seqray.data_config import SplitConfig
 from seqray.errors import DataError
 from seqray.id_columns import encode_ids, id_column
 from seqray.interactions import Interactions, shuffled_ties

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from seqray.config import TrackingConfig
 from seqray.errors import ConfigError
+from seqray.program_config import TrackingConfig
 from seqray.tracking import Limits, Tracker, resolve_mode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +110,7 @@ def test_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
 
 def test_disabled_never_imports_wandb(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from seqray.config import TrackingConfig\n"
+        "import sys; from pathlib import Path; from seqray.program_config import TrackingConfig\n"
         "from seqray.tracking import Tracker\n"
         f"t = Tracker(TrackingConfig(mode='disabled'), Path({str(tmp_path)!r}), run_id='r', name='n', group='g',"
         " tags=(), settings={})\n"
@@ -144,7 +144,7 @@ def test_a_server_that_is_away_leaves_an_offline_run(
 
 def test_finish_returns_within_its_limit_and_so_does_the_process(tmp_path: Path) -> None:
     code = (
-        "import time; from pathlib import Path; from seqray.config import TrackingConfig\n"
+        "import time; from pathlib import Path; from seqray.program_config import TrackingConfig\n"
         "from seqray.tracking import Limits, Tracker\n"
         f"t = Tracker(TrackingConfig(mode='online'), Path({str(tmp_path)!r}), run_id='r', name='n', group='g', tags=(),"
         " settings={}, limits=Limits(init_s=3.0, finish_online_s=1.0))\n"

@@ -5,8 +5,8 @@ import hashlib
 import json
 
 from seqray.command import write_json
-from seqray.config import EvaluateConfig
 from seqray.evaluation import evaluate_baselines
+from seqray.program_config import EvaluateConfig
 from seqray.sequences import SequenceStore, Split
 
 VERSION = 1

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from seqray.config import TrainConfig
+from seqray.program_config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

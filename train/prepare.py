@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqray.command import next_command, run_command
-from seqray.config import Config, DataConfig
+from seqray.config import Config
+from seqray.data_config import DataConfig
 from seqray.errors import DataError
 from seqray.storage import fetch, is_uri, open_filesystem, publish, read_manifest_bytes, temporary_folder
 

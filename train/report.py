@@ -13,15 +13,18 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def print_metrics(title: str, rows: Rows) -> None:
-    """A table with one line for each row and one column for each metric that the first row has."""
+    """A table with a line for each row: hit_rate (recall for baskets) and ndcg at each k, then coverage at the last."""
     keys = [key for key, value in next(iter(rows.values())).items() if isinstance(value, float) and "@" in key]
+    baskets = any("/recall@" in key for key in keys)
+    shown = [key for key in keys if key.split("/")[1].startswith(("recall@" if baskets else "hit_rate@", "ndcg@"))]
+    shown += [key for key in keys if "/coverage@" in key][-1:]
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for key in keys:
-        table.add_column(key.split("/")[-1], justify="right")
+    for key in shown:
+        table.add_column(key.split("/")[1], justify="right")
     for name, metrics in rows.items():
-        table.add_row(name, *(f"{metrics[key]:.4f}" if key in metrics else "" for key in keys))
-    Console(width=max(100, 16 + 15 * len(keys))).print(table)
+        table.add_row(name, *(f"{metrics[key]:.4f}" if key in metrics else "" for key in shown))
+    Console(width=120).print(table)
 
 
 def bundle_rows(bundle: Bundle, split: str) -> dict[str, dict[str, float]]:

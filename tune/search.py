@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from seqray.bundle import Bundle
-from seqray.config import Config, Distribution, TuneConfig
+from seqray.config import Config
 from seqray.errors import ConfigError, SeqrayError
+from seqray.program_config import Distribution, TuneConfig
 from train.cluster import connect, uses_gpu
 from train.prepare import ensure_store
 from train.runs import Run, absolute, choose_run

@@ -92,7 +92,15 @@ def print_trials(rows: Sequence[TrialRow], monitor: str) -> None:
     """A table, best trial first."""
     keys = list(dict.fromkeys(key for row in rows for key in row.sample))
     table = Table(title="trials", title_justify="left")
-    for column in ("trial", "status", monitor, "epochs", "seconds", *keys, "error"):
+    for column in (
+        "trial",
+        "status",
+        monitor,
+        "epochs",
+        "seconds",
+        *(key.replace(".", ".\n") for key in keys),
+        "error",
+    ):
         table.add_column(column, overflow="fold")
     for row in sorted(rows, key=lambda row: -row.best):
         values = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.sample.get(key, "") for key in keys)]
@@ -100,7 +108,7 @@ def print_trials(rows: Sequence[TrialRow], monitor: str) -> None:
         table.add_row(
             str(row.number), row.status, best, str(row.epochs), f"{row.seconds:.1f}", *values, row.error or ""
         )
-    Console(width=max(110, 50 + 22 * len(keys))).print(table)
+    Console(width=120).print(table)
 
 
 def draw_search(search: Path, rows: Sequence[TrialRow], monitor: str) -> Path:

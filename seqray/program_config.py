@@ -1,0 +1,183 @@
+"""The sections of the programs: train, evaluate, tune, serve, and the tracking and cluster that they share."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from seqray.sections import Section
+
+
+class TrainConfig(Section):
+    """Fine-tuning: where it runs, how long, and how the weights move."""
+
+    num_workers: int = Field(1, ge=0, le=4096)
+    """Ray Train workers; 0 trains in the command's own process without a cluster."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU for each worker where the cluster (or this process) has them."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPU cores, and so threads, of one worker."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast where the hardware multiplies bf16."""
+    epochs: int = Field(20, ge=1)
+    """Passes over the training sequences, at the most."""
+    batch_size: int = Field(256, ge=1)
+    """Sequences of one optimizer step, over all workers."""
+    windows: Literal["last", "all"] = "last"
+    """Of a history longer than model.max_length: train on its newest window, or on all of them."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Adam's decay rates."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (AdamW)."""
+    clip_norm: float | None = Field(5.0, gt=0)
+    """Gradient norm is clipped to this; null turns it off."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay after the warm-up, down to 0 at the last epoch."""
+    evaluate_every: int = Field(1, ge=1)
+    """Epochs between validations."""
+    monitor: str = "val/ndcg@10"
+    """Metric that chooses the best weights, stops early, and ranks trials; larger is better."""
+    patience: int = Field(5, ge=1)
+    """Validations without a better `monitor` before training stops."""
+    checkpoint_steps: int = Field(500, ge=1)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+    max_failures: int = Field(3, ge=0)
+    """Times Ray Train starts the workers again after one of them died."""
+
+
+class EvaluateConfig(Section):
+    """Full ranking over the catalogue."""
+
+    k: tuple[int, ...] = Field((5, 10, 20), min_length=1)
+    """Cut-offs of hit_rate, ndcg, mrr and coverage."""
+    exclude_seen: bool = True
+    """Leave items of the history out of the ranking; wrong for purchase logs with repeats."""
+    popularity_window_days: float = Field(90.0, gt=0)
+    """Window of the windowed popularity baseline."""
+    batch_size: int = Field(256, ge=1)
+    """Users ranked at a time."""
+    bundle: str | None = None
+    """Bundle that `python -m train.evaluate` puts beside the baselines."""
+    split: Literal["test", "val"] = "test"
+    """Targets that `python -m train.evaluate` ranks."""
+
+    @field_validator("k")
+    @classmethod
+    def _k_positive(cls, k: tuple[int, ...]) -> tuple[int, ...]:
+        if min(k) < 1 or len(set(k)) != len(k):
+            raise ValueError("k holds different numbers from 1 up")
+        return tuple(sorted(k))
+
+
+class Distribution(Section):
+    """What a searched value is drawn from: exactly one key, such as `{loguniform: [1.0e-4, 1.0e-2]}`."""
+
+    choice: tuple[Any, ...] | None = Field(None, min_length=1)
+    """One of these values."""
+    uniform: tuple[float, float] | None = None
+    """A real number between two bounds."""
+    loguniform: tuple[float, float] | None = None
+    """A real number between two positive bounds, even on the logarithm."""
+    randint: tuple[int, int] | None = None
+    """A whole number between two bounds, both included."""
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        given = [(key, value) for key, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError("needs exactly one of choice, uniform, loguniform, randint")
+        key, value = given[0]
+        if key != "choice" and not value[0] < value[1]:
+            raise ValueError(f"{key}: the lower bound {value[0]} is not below {value[1]}")
+        if key == "loguniform" and value[0] <= 0:
+            raise ValueError("loguniform: bounds must be above 0")
+        return self
+
+    def examples(self) -> tuple[Any, ...]:
+        """The values at the ends of the distribution, or all its choices."""
+        return next(value for _, value in self if value is not None)
+
+
+class TuneConfig(Section):
+    """Hyperparameter search: each trial is a train run with some values of the tree replaced."""
+
+    space: dict[str, Distribution] = Field(default_factory=dict)
+    """Dotted path -> distribution; paths under model, loss and train."""
+    num_trials: int = Field(16, ge=1)
+    """Trials of the search."""
+    search: Literal["optuna", "random"] = "optuna"
+    """How the next sample is chosen."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha stops weak trials early (Li et al. 2020)."""
+    grace_validations: int = Field(2, ge=1)
+    """asha: validations that every trial gets."""
+    reduction_factor: int = Field(3, ge=2)
+    """asha: one of this many trials goes on from a rung."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials at a time; as many as the cluster holds when not given."""
+
+
+class ServeConfig(Section):
+    """The endpoint."""
+
+    bundle: str | None = None
+    """Bundle to deploy."""
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless told otherwise."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port to listen on."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where a replica ranks; cuda reserves one GPU for each replica."""
+    cpus_per_replica: float = Field(1.0, gt=0)
+    """CPU cores of one replica; the model uses as many threads."""
+    min_replicas: int = Field(1, ge=0)
+    """Replicas kept when idle; 0 scales to zero."""
+    max_replicas: int = Field(2, ge=1)
+    """Replicas at the most."""
+    target_ongoing_requests: float = Field(16.0, gt=0)
+    """Requests in flight for each replica that autoscaling aims at."""
+    upscale_delay_s: float = Field(2.0, ge=0)
+    """Seconds of load above the target before replicas are added."""
+    downscale_delay_s: float = Field(60.0, ge=0)
+    """Seconds of load below the target before replicas are removed."""
+    metrics_interval_s: float = Field(0.5, gt=0)
+    """Seconds between the replicas' load reports; Ray's own default of 10 makes autoscaling slow."""
+    max_batch_size: int = Field(32, ge=1)
+    """Requests ranked in one forward pass."""
+    max_ongoing_requests: int = Field(64, ge=1)
+    """Requests a replica holds at a time."""
+    max_queued_requests: int = Field(128, ge=0)
+    """Requests that may wait for a replica; one more is answered 503 with Retry-After."""
+    retry_after_s: int = Field(1, ge=1)
+    """Seconds in that Retry-After."""
+    high_throughput: bool = True
+    """Ray Serve's HAProxy ingress and throughput profile."""
+
+    @model_validator(mode="after")
+    def _replicas_fit(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class TrackingConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when a W&B key is set, else offline (runs land under `<output>/wandb` and sync later)."""
+    project: str = "seqray"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user."""
+
+
+class ClusterConfig(Section):
+    """The Ray cluster that the commands use."""
+
+    address: str | None = None
+    """`local` starts one in this process; an address joins it; null joins a running one, else starts one."""
