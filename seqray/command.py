@@ -43,6 +43,8 @@ def run_command(
             parser.add_argument(flag.name, action="store_true", help=flag.help)
     arguments = parser.parse_intermixed_args(argv)
     _find_modules_here()
+    # Threads that wait must not spin: on shared cores they would take the time that the working ones need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         config = load_config(arguments.config, tuple(arguments.overrides))
         if arguments.dry_run:

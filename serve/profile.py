@@ -23,6 +23,7 @@ DRAINING_S = 2
 def set_environment(high_throughput: bool, retry_after_s: int) -> None:
     """Sets what is not set yet; files of HAProxy go to a folder of this user, removed at exit."""
     wanted = {
+        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.middleware:middlewares",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),

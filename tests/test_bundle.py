@@ -216,7 +216,8 @@ def test_code_that_is_trusted_runs(tmp_path: Path, monkeypatch) -> None:
         "class Own(SASRec):\n    Config = OwnConfig\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = tiny_config().override({"model.type": "own_model:Own"})
+    sizes = {f"model.{key}": value for key, value in tiny_config().model if key != "type"}
+    config = tiny_config().override({"model.type": "own_model:Own", **sizes})
     saved = save_tiny(tmp_path / "bundle", config=config)
     with pytest.raises(BundleError, match="own_model:Own"):
         Bundle.load(saved.folder)

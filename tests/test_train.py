@@ -15,7 +15,8 @@ from shop_log import shop_config
 
 from seqray.bundle import Bundle
 from seqray.config import Config
-from seqray.errors import ConfigError
+from seqray.errors import BundleError, ConfigError
+from train.evaluate import evaluate_rows
 from train.fit import Trial, fit
 from train.optimizer import learning_rate
 from train.runs import Run
@@ -202,3 +203,21 @@ def test_a_killed_command_goes_on_from_its_last_checkpoint(tmp_path: Path) -> No
     resumed = Bundle.load(Path(result["bundle"]))
     assert f"serve.bundle={resumed.folder}" in second.stdout
     assert_same(fit(config.override({"name": "unbroken"})), resumed)
+
+
+def test_evaluate_prints_the_row_of_the_run_and_the_same_baselines(tmp_path: Path) -> None:
+    config = shop_config(tmp_path, train={"epochs": 2})
+    bundle = fit(config)
+    rows = evaluate_rows(config.override({"evaluate.bundle": str(bundle.folder)}))
+    assert rows["sasrec"] == {key: value for key, value in bundle.metrics.items() if key.startswith("test/")}
+    for name, metrics in bundle.metrics["baselines"].items():
+        assert rows[name].items() <= metrics.items()
+    validated = evaluate_rows(config.override({"evaluate.bundle": str(bundle.folder), "evaluate.split": "val"}))
+    assert validated["sasrec"]["val/ndcg@10"] == bundle.metrics["val/ndcg@10"]
+
+
+def test_a_bundle_over_other_items_is_refused(tmp_path: Path) -> None:
+    bundle = fit(shop_config(tmp_path, train={"epochs": 1}))
+    fewer = shop_config(tmp_path, name="fewer", data={"drop_items": ["105"]}, evaluate={"bundle": str(bundle.folder)})
+    with pytest.raises(BundleError, match="other items"):
+        evaluate_rows(fewer)

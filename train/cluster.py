@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from seqray.config import Config
+from seqray.errors import ConfigError
 from train.job import LOG_FILE, Job
 from train.narrator import write_line
 from train.trainer import TrainingError
@@ -36,9 +37,10 @@ def connect(config: Config, cpus: int, *, state_api: bool = False) -> bool:
     if address != "local":
         try:
             ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-        except ConnectionError:
-            if address is not None or "RAY_ADDRESS" in os.environ:
-                raise
+        except (ConnectionError, ValueError) as error:
+            asked = address or os.environ.get("RAY_ADDRESS")
+            if asked:
+                raise ConfigError(f"cluster.address: no Ray cluster answers at {asked!r}: {error}") from error
         else:
             return False
     # The lines of a run come from its log (train.narrator); what Ray prints besides stays in Ray's own logs.

@@ -59,7 +59,9 @@ def work(job: Job, place: Place, report: Report) -> None:
     """
     config = Config.parse(job.config)
     store = SequenceStore(job.store)
-    if place.device.type == "cpu" and place.world > 1:
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    elif place.world > 1:
         torch.set_num_threads(config.train.cpus_per_worker)
     torch.manual_seed(config.seed)
     model = build_model(config.model, store.num_items).to(place.device)
