@@ -91,7 +91,7 @@ class Bundle:
             card = model_card(config, items, metrics, about, bool(curve))
             (temporary / CARD_FILE).write_text(card, encoding="utf-8")
             write_manifest(temporary, about, [path.name for path in temporary.iterdir()])
-            bundle = cls.load(temporary, trusted=(config.model.type, config.loss.type))
+            bundle = cls.load(temporary, trusted=config.component_types)
         return replace(bundle, folder=target)
 
     @classmethod

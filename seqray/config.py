@@ -81,6 +81,11 @@ class Config(Section):
         config._check_space(source)
         return config
 
+    @property
+    def component_types(self) -> tuple[str, ...]:
+        """The types named here: code of the user's own among them may be imported on the user's word."""
+        return (self.model.type, self.loss.type)
+
     def plain(self) -> dict[str, Any]:
         """The tree as plain data (JSON types), which `parse` takes back."""
         return self.model_dump(mode="json")

@@ -18,6 +18,8 @@ class TrainConfig(Section):
     """CPU cores, and so threads, of one worker."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the hardware multiplies bf16."""
+    init_from: str | None = None
+    """Bundle whose weights a new run starts from; its items are matched by id, new ones start anew."""
     epochs: int = Field(20, ge=1)
     """Passes over the training sequences, at the most."""
     batch_size: int = Field(256, ge=1)

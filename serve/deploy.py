@@ -48,7 +48,7 @@ def start(config: Config) -> Deployment:
 
     if config.serve.bundle is None:
         raise ConfigError("serve.bundle: name the bundle to deploy, such as serve.bundle=.seqray/bundles/shop/RUN")
-    trusted = (config.model.type, config.loss.type)  # the user wrote these into the config
+    trusted = config.component_types
     bundle = Bundle.load(Path(config.serve.bundle).resolve(), trusted)
     is_local = connect(config)
     try:

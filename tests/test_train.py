@@ -16,11 +16,14 @@ from shop_log import shop_config
 from seqray.bundle import Bundle
 from seqray.config import Config
 from seqray.errors import BundleError, ConfigError
+from seqray.models.protocol import build_model
 from train.evaluate import evaluate_rows
 from train.fit import Trial, fit
 from train.optimizer import learning_rate
+from train.prepare import ensure_store
 from train.runs import Run
 from train.trainer import TrainingError
+from train.warm_start import start_from_bundle
 
 
 class PowerCut(Exception):
@@ -221,3 +224,22 @@ def test_a_bundle_over_other_items_is_refused(tmp_path: Path) -> None:
     fewer = shop_config(tmp_path, name="fewer", data={"drop_items": ["105"]}, evaluate={"bundle": str(bundle.folder)})
     with pytest.raises(BundleError, match="other items"):
         evaluate_rows(fewer)
+
+
+def test_init_from_matches_items_by_id_and_names_the_parent(tmp_path: Path) -> None:
+    parent = fit(shop_config(tmp_path, data={"drop_items": ["100", "107"]}, name="parent"))
+    config = shop_config(tmp_path, name="child").override({"train.init_from": str(parent.folder)})
+    store = ensure_store(config)
+    model = build_model(config.model, store.num_items)
+    before = model.item_weights().detach().clone()
+    assert start_from_bundle(model, parent.folder, (), store.vocabulary) == 18
+    for row in range(1, store.num_items + 1):
+        old = parent.vocabulary.index(store.vocabulary.item_id(row))
+        expected = parent.model().item_weights()[old] if old else before[row]
+        assert torch.equal(model.item_weights()[row], expected)
+    assert torch.equal(model.state_dict()["norm.weight"], parent.state["norm.weight"])
+    child = fit(config)
+    assert child.manifest["parent"] == parent.manifest["run_id"]
+    wider = config.override({"name": "wider", "model.hidden_dim": 32})
+    with pytest.raises(BundleError, match="item_embedding"):
+        fit(wider)

@@ -33,7 +33,7 @@ def evaluate_rows(config: Config) -> Rows:
     rows: Rows = {}
     split, store = config.evaluate.split, ensure_store(config)
     if config.evaluate.bundle:
-        bundle = Bundle.load(Path(config.evaluate.bundle), trusted=(config.model.type,))
+        bundle = Bundle.load(Path(config.evaluate.bundle), trusted=config.component_types)
         if bundle.items.column("item_id").to_pylist() != store.items_table.column("item_id").to_pylist():
             raise BundleError(f"{bundle.folder}: has other items than the store {store.folder}")
         device = local_device(config.train.device)

@@ -58,7 +58,7 @@ def fit(config: Config, *, fresh: bool = False, trial: Trial | None = None) -> B
             with nullcontext() if trial else echo_new_lines(run.folder / LOG_FILE):
                 train_on_ray(job, config, trial.ray_callbacks if trial else ())
         run.mark("finished")
-    return Bundle.load(Path(job.bundle), trusted=(config.model.type,))
+    return Bundle.load(Path(job.bundle), trusted=config.component_types)
 
 
 def local_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:

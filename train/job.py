@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from seqray.config import Config
-from train.runs import Run
+from train.runs import Run, absolute
 
 LOG_FILE = "train.log"
 """In the run's folder: the lines that tell how the run goes."""
@@ -22,6 +22,8 @@ class Job:
     attempt: int
     bundle: str
     """Where the bundle goes."""
+    init_from: str | None
+    """Bundle that the run starts from."""
     wandb: str
     """Offline W&B runs go to the folder `wandb` in here."""
     group: str
@@ -32,14 +34,19 @@ class Job:
     @classmethod
     def of(cls, config: Config, run: Run, store: Path, output: Path, group: str, *, echo: bool) -> Self:
         """The job of `run`; its bundle goes to `<output>/bundles/<name>/<run id>`."""
-        bundle = output / "bundles" / config.name / run.id
-        paths = {
-            "store": str(store),
-            "run_folder": str(run.folder),
-            "bundle": str(bundle),
-            "wandb": str(output),
-        }
-        return cls(config=config.plain(), run_id=run.id, attempt=run.attempt, group=group, echo=echo, **paths)
+        source = config.train.init_from
+        return cls(
+            config=config.plain(),
+            store=str(store),
+            run_folder=str(run.folder),
+            run_id=run.id,
+            attempt=run.attempt,
+            bundle=str(output / "bundles" / config.name / run.id),
+            init_from=None if source is None else str(absolute(source)),
+            wandb=str(output),
+            group=group,
+            echo=echo,
+        )
 
     def plain(self) -> dict[str, Any]:
         """The job as plain data, which `Job(**plain)` takes back."""

@@ -25,6 +25,7 @@ from train.optimizer import build_optimizer
 from train.runs import check_attempt
 from train.state import TrainState
 from train.trainer import Trainer
+from train.warm_start import start_from_bundle
 
 Report = Callable[[Mapping[str, float]], None]
 
@@ -67,6 +68,8 @@ def work(job: Job, place: Place, report: Report) -> None:
     model = build_model(config.model, store.num_items).to(place.device)
     state = TrainState(model, build_optimizer(model, config.train))
     checkpoint, passed_over = state.load_newest(Path(job.run_folder) / "checkpoints")
+    if checkpoint is None and job.init_from:
+        start_from_bundle(model, Path(job.init_from), config.component_types, store.vocabulary)
     objective: nn.Module = Objective(model, build_loss(config.loss), store.num_items, config.train.precision)
     if place.world > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
@@ -94,7 +97,13 @@ def save_bundle(job: Job, config: Config, store: SequenceStore, state: TrainStat
         Bundle.save(
             job.bundle, config=config, state=state.best, items=store.items_table, metrics=metrics,
             data_fingerprint=store.manifest["content_sha256"], run_id=job.run_id, curve=state.progress.history,
+            parent=parent_id(job, config),
         )  # fmt: skip
+
+
+def parent_id(job: Job, config: Config) -> str | None:
+    """Run id of the bundle that the run started from."""
+    return None if job.init_from is None else Bundle.load(job.init_from, config.component_types).version
 
 
 def sum_over_workers(place: Place) -> Callable[[Tensor], Tensor]:

@@ -8,6 +8,7 @@ from seqray.bundle import Bundle
 from seqray.config import Config
 from seqray.errors import ConfigError, SeqrayError
 from seqray.program_config import Distribution, TuneConfig
+from seqray.storage import is_uri
 from train.cluster import connect, uses_gpu
 from train.prepare import ensure_store
 from train.runs import Run, absolute, choose_run
@@ -53,7 +54,7 @@ def search(config: Config, *, fresh: bool = False) -> Bundle:
         raise SearchError(f"{run.folder}: no trial finished; the first error: {rows[0].error or 'none'}")
     assert winner.bundle is not None
     print(f"winner: trial {winner.number}, {config.train.monitor} {winner.best:.4f}, {winner.sample}")
-    return Bundle.load(Path(winner.bundle), trusted=(config.model.type,))
+    return Bundle.load(Path(winner.bundle), trusted=config.component_types)
 
 
 def _run_trials(config: Config, run: Run) -> None:
@@ -88,12 +89,10 @@ def _run_trials(config: Config, run: Run) -> None:
 
 
 def _job(config: Config, run: Run) -> dict[str, Any]:
-    return {
-        "config": config.override(
-            {"output": str(absolute(config.output)), "data.store": str(absolute(config.data.store))}
-        ).plain(),
-        "search": str(run.folder),
-    }
+    paths = {"output": config.output, "data.store": config.data.store, "train.init_from": config.train.init_from}
+    # A trial's process has another working folder.
+    rooted = {key: str(absolute(path)) for key, path in paths.items() if path is not None and not is_uri(path)}
+    return {"config": config.override(rooted).plain(), "search": str(run.folder)}
 
 
 def _places(config: Config, nested: bool, use_gpu: bool) -> int:
