@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seqray.config import Config, load_config
-from seqray.errors import SeqrayError
+from seqray.errors import ConfigError, SeqrayError
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def run_command(
         if arguments.dry_run:
             print(config.yaml(), end="")
         else:
+            _check_writable(getattr(arguments, "json", None))
             body(config, arguments)
     except SeqrayError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -60,9 +61,9 @@ def run_command(
     return 0
 
 
-def next_command(module: str, arguments: argparse.Namespace) -> str:
-    """The command line of another command for the same config and overrides."""
-    return shlex.join(["python", "-m", module, arguments.config, *arguments.overrides])
+def next_command(module: str, arguments: argparse.Namespace, *overrides: str) -> str:
+    """The command line of another command for the same config and overrides, and more of them."""
+    return shlex.join(["python", "-m", module, arguments.config, *arguments.overrides, *overrides])
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -72,6 +73,17 @@ def write_json(path: str | Path, data: Any) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, target)
+
+
+def _check_writable(path: str | None) -> None:
+    """ConfigError before the work, not after it."""
+    folder = Path(path or ".").absolute().parent if path else Path.cwd()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--json: cannot write {path}: {error}") from error
+    if path and (not os.access(folder, os.W_OK) or Path(path).is_dir()):
+        raise ConfigError(f"--json: cannot write {path}")
 
 
 def _find_modules_here() -> None:

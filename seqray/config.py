@@ -26,6 +26,11 @@ from seqray.program_config import (
 from seqray.sections import Component, SASRecConfig, Section, SoftmaxConfig
 from seqray.yaml_file import dump_yaml, parse_yaml, read_yaml
 
+NOT_SEARCHED = (
+    "train.num_workers", "train.cpus_per_worker", "train.device", "train.monitor", "train.epochs",
+    "train.evaluate_every", "train.init_from", "train.checkpoint_steps", "train.keep_checkpoints", "train.max_failures",
+)  # fmt: skip
+"""What all trials of a search have in common."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -52,7 +57,8 @@ class Config(Section):
     def _fits(self) -> Self:
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name {self.name!r}: letters, digits, dot, dash and underscore, at most 100")
-        allowed = [f"val/{m}@{k}" for m in ("hit_rate", "ndcg", "mrr", "recall") for k in self.evaluate.k]
+        metrics = ["hit_rate", "ndcg", "mrr", *["recall"] * (self.data.split.target == "next_basket")]
+        allowed = [f"val/{m}@{k}" for m in metrics for k in self.evaluate.k]
         if self.train.monitor not in allowed:
             raise ValueError(f"train.monitor {self.train.monitor!r} is not computed; choices: {', '.join(allowed)}")
         return self
@@ -63,7 +69,7 @@ class Config(Section):
         filled = _with_store(data)
         problems: list[str] = []
         for kind, default in DEFAULT.items():
-            section = filled.get(kind) or {}
+            section = {} if filled.get(kind) is None else filled[kind]
             if not isinstance(section, Mapping):
                 raise ConfigError(f"{source}: {kind}: {section!r} is not a section")
             section_class = config_class(kind, str(section.get("type", default)))
@@ -103,9 +109,10 @@ class Config(Section):
 
     def _check_space(self, source: str) -> None:
         for path, distribution in self.tune.space.items():
-            if path.split(".")[0] not in ("model", "loss", "train"):
+            if path.split(".")[0] not in ("model", "loss", "train") or path in NOT_SEARCHED:
                 raise ConfigError(
-                    f"{source}: tune.space.{path}: only paths under model, loss and train can be searched"
+                    f"{source}: tune.space.{path}: cannot be searched; choices: paths under model, loss and train, "
+                    f"but for {', '.join(NOT_SEARCHED)}"
                 )
             bare = {**self.plain(), "tune": {}}
             for value in distribution.examples():

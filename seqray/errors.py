@@ -13,5 +13,9 @@ class DataError(SeqrayError):
     """A log or an item table that cannot be used as it is."""
 
 
+class ModelError(SeqrayError):
+    """A model whose scores or loss are no numbers."""
+
+
 class BundleError(SeqrayError):
     """A bundle (or checkpoint) whose files do not match its manifest, or that does not fit what is asked of it."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqray.baselines import Baselines
+from seqray.errors import ModelError
 from seqray.metrics import RankCounts, rank_metrics
 from seqray.models.protocol import SequentialModel
 from seqray.program_config import EvaluateConfig
@@ -36,17 +37,20 @@ def evaluate(
     """hit_rate@k, ndcg@k, mrr@k (recall@k for baskets) and coverage@k of `scorer` over all queries.
 
     scorer: Queries -> scores_BV, larger is better. Batches are the same whatever the number of workers, and what is
-    summed over workers are whole numbers, so the result is the same to the last bit.
+    summed over workers are whole numbers, so the result is the same to the last bit. ModelError on scores that are no
+    numbers.
     """
     part = part or Part()
     query_P, _ = queries.targets()
     most_targets = int(torch.bincount(query_P).max()) if len(query_P) else 1
     counts = RankCounts.empty(max(config.k), most_targets)
     shown_KV = torch.zeros(len(config.k), num_items + 1, dtype=torch.int64)
+    no_numbers = torch.zeros(1, dtype=torch.int64)
     starts = range(0, len(queries), config.batch_size)[part.rank :: part.world]
     for start in starts:
         some = queries.slice(start, start + config.batch_size)
         scores_BV = scorer(some)
+        no_numbers += int(not bool(scores_BV.isfinite().all()))
         seen = some.seen() if config.exclude_seen else (query_P[:0], query_P[:0])
         mask_scores(scores_BV, *(pair.to(scores_BV.device) for pair in seen))
         targets = some.targets()
@@ -54,10 +58,12 @@ def evaluate(
         best_BK = top_k(scores_BV, max(config.k))[0].cpu()
         for row, k in enumerate(config.k):
             shown_KV[row, best_BK[:, :k].flatten()] = 1
+    if int(part.sum_over_workers(no_numbers)):
+        raise ModelError("the model's scores are not finite: try a lower train.learning_rate or train.precision=fp32")
     counts = RankCounts(part.sum_over_workers(counts.first_R), part.sum_over_workers(counts.all_SR))
     shown_K = (part.sum_over_workers(shown_KV)[:, 1:] > 0).sum(1)
     coverage = {f"coverage@{k}": int(n) / num_items for k, n in zip(config.k, shown_K, strict=True)}
-    return rank_metrics(counts, config.k) | coverage
+    return rank_metrics(counts, config.k, baskets=queries.are_baskets) | coverage
 
 
 def model_scorer(model: SequentialModel, device: torch.device) -> Scorer:

@@ -34,8 +34,8 @@ class RankCounts:
         self.all_SR += cells.view_as(self.all_SR)
 
 
-def rank_metrics(counts: RankCounts, ks: Sequence[int]) -> dict[str, float]:
-    """hit_rate, ndcg and mrr at each k; recall too where a query can have several targets.
+def rank_metrics(counts: RankCounts, ks: Sequence[int], *, baskets: bool = False) -> dict[str, float]:
+    """hit_rate, ndcg and mrr at each k; recall too where the targets are `baskets`.
 
     hit_rate@k: share of queries with a target in the top k. recall@k: mean share of a query's targets in the top k
     (for one target the same as hit_rate). ndcg@k: gain 1 / log2(rank + 2), divided by the best that min(S, k) targets
@@ -52,6 +52,6 @@ def rank_metrics(counts: RankCounts, ks: Sequence[int]) -> dict[str, float]:
         found[f"hit_rate@{k}"] = float(first_k.sum() / queries)
         found[f"ndcg@{k}"] = float(((all_Sk @ discount_k) / best_S).sum() / queries)
         found[f"mrr@{k}"] = float((first_k / (rank_k + 1)).sum() / queries)
-        if len(counts.all_SR) > 2:
+        if baskets:
             found[f"recall@{k}"] = float((all_Sk.sum(1) / size_S.clamp(min=1)).sum() / queries)
     return found

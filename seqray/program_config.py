@@ -1,10 +1,12 @@
 """The sections of the programs: train, evaluate, tune, serve, and the tracking and cluster that they share."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from seqray.sections import Section
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
@@ -28,7 +30,7 @@ class TrainConfig(Section):
     """Of a history longer than model.max_length: train on its newest window, or on all of them."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     """Adam's decay rates."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (AdamW)."""
@@ -101,8 +103,11 @@ class Distribution(Section):
         return self
 
     def examples(self) -> tuple[Any, ...]:
-        """The values at the ends of the distribution, or all its choices."""
-        return next(value for _, value in self if value is not None)
+        """All choices, or the ends of the distribution; for real numbers also one between, which is no whole number."""
+        low_high = self.uniform or self.loguniform
+        if low_high is not None:
+            return (*low_high, low_high[0] + (low_high[1] - low_high[0]) / 2**0.5)
+        return self.choice or self.randint or ()
 
 
 class TuneConfig(Section):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+UNRANKED = torch.iinfo(torch.int64).max
+"""Rank of a target that is masked, or whose score is no number."""
 
 
 def mask_scores(scores_BV: Tensor, query_P: Tensor, item_P: Tensor) -> Tensor:
@@ -17,7 +19,7 @@ def mask_scores(scores_BV: Tensor, query_P: Tensor, item_P: Tensor) -> Tensor:
 
 
 def target_ranks(scores_BV: Tensor, query_P: Tensor, item_P: Tensor) -> Tensor:
-    """Rank of each pair, from 0: items scored strictly higher, plus equal ones of lower index; masked pairs get V."""
+    """Rank of each pair, from 0: items scored strictly higher, plus equal ones of lower index; masked: UNRANKED."""
     score_P1 = scores_BV[query_P, item_P].unsqueeze(1)
     rows_PV = scores_BV if len(query_P) == len(scores_BV) and _is_arange(query_P) else scores_BV[query_P]
     higher_P = (rows_PV > score_P1).sum(1)
@@ -26,7 +28,7 @@ def target_ranks(scores_BV: Tensor, query_P: Tensor, item_P: Tensor) -> Tensor:
     if tied.any():
         columns = torch.arange(scores_BV.shape[1], device=scores_BV.device)
         higher_P[tied] += (equal_PV[tied] & (columns < item_P[tied].unsqueeze(1))).sum(1)
-    return torch.where(score_P1.squeeze(1) == NEVER, scores_BV.shape[1], higher_P)
+    return torch.where(score_P1.squeeze(1) > NEVER, higher_P, UNRANKED)
 
 
 def top_k(scores_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:

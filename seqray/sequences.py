@@ -112,6 +112,11 @@ class Queries:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def are_baskets(self) -> bool:
+        """Whether the targets are the items of a basket, one or several."""
+        return bool(self.store.manifest["data"]["split"]["target"] == "next_basket")
+
     def slice(self, start: int, stop: int) -> "Queries":
         """Queries start to stop."""
         part = slice(start, stop)

@@ -160,18 +160,21 @@ def test_the_search_space_is_checked_against_the_tree(write: Any) -> None:
     good = "tune.space={train.learning_rate: {loguniform: [1e-4, 1e-2]}, model.hidden_dim: {choice: [8, 16]}}"
     assert set(load_config(path, (good,)).tune.space) == {"train.learning_rate", "model.hidden_dim"}
     assert load_config(path, (good, "tune.space={}")).tune.space == {}
-    one = load_config(path, ("tune.space.train.epochs={randint: [1, 9]}",)).tune.space["train.epochs"]
+    one = load_config(path, ("tune.space.train.batch_size={randint: [1, 9]}",)).tune.space["train.batch_size"]
     assert one.examples() == (1, 9)
     for space, expected in {
         "train.epoks={randint: [1, 2]}": "tune.space: train.epoks: unknown key; nearest: train.epochs",
-        "serve.port={randint: [1, 2]}": "tune.space.serve.port: only paths under model, loss and train",
-        "train.epochs={choice: [3, 0]}": "tune.space.train.epochs = 0: train.epochs: Input should be greater",
+        "serve.port={randint: [1, 2]}": "tune.space.serve.port: cannot be searched",
+        "train.batch_size={choice: [3, 0]}": "train.batch_size = 0: train.batch_size: Input should be greater",
         "model.num_heads={choice: [1, 3]}": "hidden_dim 64 is not a multiple of num_heads 3",
-        "train.epochs={coice: [3]}": "unknown key; nearest: tune.space.train.epochs.choice",
-        "train.epochs={choice: [3], randint: [1, 2]}": "needs exactly one of choice, uniform, loguniform, randint",
-        "train.epochs={randint: [3, 3]}": "randint: the lower bound 3 is not below 3",
+        "train.batch_size={coice: [3]}": "unknown key; nearest: tune.space.train.batch_size.choice",
+        "train.batch_size={choice: [3], randint: [1, 2]}": "needs exactly one of choice, uniform, loguniform, randint",
+        "train.batch_size={randint: [3, 3]}": "randint: the lower bound 3 is not below 3",
         "train.learning_rate={loguniform: [0, 1]}": "loguniform: bounds must be above 0",
-        "train.epochs={choice: []}": "tune.space.train.epochs.choice",
+        "train.batch_size={choice: []}": "tune.space.train.batch_size.choice",
+        "train.epochs={choice: [3]}": "tune.space.train.epochs: cannot be searched",
+        "model.hidden_dim={uniform: [16, 64]}": "model.hidden_dim: Input should be a valid integer",
+        "train.betas={choice: [[0.9, 1.0]]}": "train.betas.1: Input should be less than 1",
     }.items():
         assert expected in message(path, f"tune.space.{space}")
     assert "tune.space: Input should be a valid dictionary" in message(path, "tune.space=5")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqray.metrics import RankCounts, rank_metrics
-from seqray.ranking import NEVER, mask_scores, target_ranks, top_k
+from seqray.ranking import NEVER, UNRANKED, mask_scores, target_ranks, top_k
 
 
 def scores_with_ties() -> torch.Tensor:
@@ -32,7 +32,7 @@ def test_top_k_and_ranks_equal_a_plain_sort() -> None:
 
 def test_masked_targets_rank_last_and_missing_answers_are_padding() -> None:
     scores = scores_with_ties()
-    assert target_ranks(scores, torch.tensor([0, 3]), torch.tensor([5, 1])).tolist() == [30, 30]
+    assert target_ranks(scores, torch.tensor([0, 3]), torch.tensor([5, 1])).tolist() == [UNRANKED, UNRANKED]
     items, values = top_k(torch.tensor([[NEVER, 2.0, NEVER]]), 3)
     assert items.tolist() == [[1, 0, 0]]
     assert values.tolist() == [[2.0, NEVER, NEVER]]
@@ -52,7 +52,7 @@ def test_metrics_of_single_targets_by_hand() -> None:
 def test_metrics_of_baskets_by_hand() -> None:
     counts = RankCounts.empty(2, 3)
     counts.add(torch.tensor([1, 0, 7, 5]), torch.tensor([0, 1, 1, 1]), 2)
-    metrics = rank_metrics(counts, (2,))
+    metrics = rank_metrics(counts, (2,), baskets=True)
     assert metrics["recall@2"] == pytest.approx((1 + 1 / 3) / 2)
     assert metrics["hit_rate@2"] == 1.0
     assert metrics["mrr@2"] == pytest.approx((1 / 2 + 1) / 2)
@@ -62,3 +62,14 @@ def test_metrics_of_baskets_by_hand() -> None:
 
 def test_no_queries_are_zero_and_not_an_error() -> None:
     assert set(rank_metrics(RankCounts.empty(5, 1), (5,)).values()) == {0.0}
+
+
+def test_a_masked_target_is_a_miss_even_when_k_is_above_the_catalogue() -> None:
+    scores = mask_scores(torch.tensor([[0.0, 3.0, 2.0]]), torch.tensor([0]), torch.tensor([1]))
+    counts = RankCounts.empty(20, 1)
+    counts.add(target_ranks(scores, torch.tensor([0]), torch.tensor([1])), torch.tensor([0]), 1)
+    assert rank_metrics(counts, (20,))["hit_rate@20"] == 0.0
+
+
+def test_scores_that_are_no_numbers_rank_last() -> None:
+    assert target_ranks(torch.full((1, 4), math.nan), torch.tensor([0]), torch.tensor([2])).tolist() == [UNRANKED]

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,8 +17,9 @@ from shop_log import shop_config
 
 from seqray.bundle import Bundle
 from seqray.config import Config
-from seqray.errors import BundleError, ConfigError
+from seqray.errors import BundleError, ConfigError, DataError, ModelError
 from seqray.models.protocol import build_model
+from seqray.vocabulary import ItemVocabulary
 from train.evaluate import evaluate_rows
 from train.fit import Trial, fit
 from train.optimizer import learning_rate
@@ -243,3 +246,49 @@ def test_init_from_matches_items_by_id_and_names_the_parent(tmp_path: Path) -> N
     wider = config.override({"name": "wider", "model.hidden_dim": 32})
     with pytest.raises(BundleError, match="item_embedding"):
         fit(wider)
+
+
+def test_a_model_that_diverged_gets_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="learning_rate"):
+        fit(shop_config(tmp_path, train={"learning_rate": 1e10, "epochs": 1, "batch_size": 1000}))
+    assert not (tmp_path / "out" / "bundles").exists()
+
+
+def test_a_run_that_has_learnt_nothing_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    config = shop_config(tmp_path, train={"epochs": 1})
+    with pytest.raises(BundleError, match="nowhere"):
+        fit(config.override({"train.init_from": str(tmp_path / "nowhere")}))
+    assert fit(config).metrics["epochs"] == 1
+
+
+def test_a_split_without_validation_targets_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user_id": [1, 1, 2, 2], "item_id": [1, 2, 2, 1]}), tmp_path / "log.parquet")
+    with pytest.raises(DataError, match="no validation target"):
+        fit(shop_config(tmp_path, data={"columns": {"timestamp": None}}))
+
+
+def test_output_on_a_uri_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="s3://bucket/x"):
+        fit(shop_config(tmp_path).override({"output": "s3://bucket/x"}))
+    assert not Path("s3:").exists()
+
+
+def test_warm_start_does_not_take_positions_for_items(tmp_path: Path) -> None:
+    sizes = {"max_length": 21}  # as many positions as items and padding
+    parent = fit(shop_config(tmp_path, name="parent", model=sizes, train={"epochs": 1}))
+    model = build_model(parent.config.model, 20)
+    reversed_ids = ItemVocabulary(parent.items.column("item_id").to_pylist()[::-1])
+    assert start_from_bundle(model, parent.folder, (), reversed_ids) == 20
+    assert torch.equal(model.state_dict()["position_embedding.weight"], parent.state["position_embedding.weight"])
+    assert torch.equal(model.item_weights()[1], parent.state["item_embedding.weight"][20])
+
+
+def test_a_result_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(shop_config(tmp_path).yaml())
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "train", str(path), "--json", str(tmp_path / "file" / "result.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --json: cannot write")
+    assert not (tmp_path / "out").exists()

@@ -8,13 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
+from ray.tune.experiment import Trial
 from shop_log import shop_config
 
 from seqray.bundle import Bundle
 from seqray.config import Config
 from seqray.errors import ConfigError
+from tune.picture import draw_search
 from tune.search import search
-from tune.trials import TrialRow, draw_search, print_trials, read_trials
+from tune.strategy import Asha
+from tune.trials import TrialRow, print_trials, read_trials
 
 SPACE = {
     "model.hidden_dim": {"choice": [8, 13]},
@@ -100,10 +103,21 @@ def test_trials_with_two_workers_are_nested_train_runs(tmp_path: Path) -> None:
     assert json.loads(result.read_text())["bundle"] in [row.bundle for row in rows]
 
 
+def test_asha_leaves_a_trial_alone_whose_training_is_over() -> None:
+    asha = Asha(time_attr="epoch", metric="m", mode="max", max_t=9, grace_period=1, reduction_factor=2)
+    trials = [Trial("run_trial", stub=True) for _ in range(2)]
+    for trial in trials:
+        asha.on_trial_add(None, trial)
+    assert asha.on_trial_result(None, trials[0], {"epoch": 1, "m": 0.9, "training_over": 0.0}) == Asha.CONTINUE
+    assert asha.on_trial_result(None, trials[1], {"epoch": 1, "m": 0.1, "training_over": 1.0}) == Asha.CONTINUE
+    assert asha.on_trial_result(None, trials[1], {"epoch": 1, "m": 0.1, "training_over": 0.0}) == Asha.STOP
+
+
 def test_the_table_and_the_picture_show_every_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        TrialRow(1, "finished", {"model.dropout": 0.1, "model.num_blocks": 2}, 0.25, 4, 1.5, "b"),
-        TrialRow(2, "failed", {"model.dropout": 0.3, "model.num_blocks": 1}, -1.0, 0, 0.0, None, "out of luck"),
+        TrialRow(1, "finished", {"model.dropout": 0.1, "train.betas": [0.9, 0.98]}, 0.25, 4, 1.5, "b"),
+        TrialRow(2, "stopped early", {"model.dropout": 0.2, "train.betas": "odd"}, 0.125, 4, 1.5),
+        TrialRow(3, "failed", {"model.dropout": 0.3, "train.betas": [0.8, 0.9]}, -1.0, 0, 0.0, None, "out of luck"),
     ]
     print_trials(rows, "val/ndcg@10")
     printed = capsys.readouterr().out

@@ -14,7 +14,7 @@ def main(config: Config, arguments: argparse.Namespace) -> None:
     from train.fit import fit
     from train.report import finish_command
 
-    finish_command(fit(config, fresh=arguments.fresh), arguments.config, arguments.json)
+    finish_command(fit(config, fresh=arguments.fresh), arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from seqray.evaluation import evaluate_baselines
 from seqray.program_config import EvaluateConfig
 from seqray.sequences import SequenceStore, Split
 
-VERSION = 1
+VERSION = 2
 """To be raised when a baseline or a metric changes, so that kept numbers are not used again."""
 
 Rows = dict[str, dict[str, float]]

@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # each line of a worker would appear twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the controller's next poll
     "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files that repeat what the runs write themselves
 }
 START_UP_RETRIES = 3
 
@@ -73,8 +74,8 @@ def train_on_ray(job: Job, config: Config, callbacks: Sequence[Any] = ()) -> Non
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             with contextlib.suppress(OSError):
                 for rank, error in sorted(worker_exceptions.items()):
-                    line = f"worker {rank} failed: {str(error).strip().splitlines()[-1:]}"
-                    write_line(Path(job.run_folder) / LOG_FILE, line)
+                    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                    write_line(Path(job.run_folder) / LOG_FILE, f"worker {rank} failed: {reason[:300]}")
 
     use_gpu = uses_gpu(config)
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})

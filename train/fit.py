@@ -10,11 +10,13 @@ import torch
 
 from seqray.bundle import Bundle
 from seqray.config import Config
-from seqray.errors import ConfigError
+from seqray.errors import ConfigError, DataError
+from seqray.sequences import SequenceStore
+from seqray.tracking import resolve_mode
 from train.job import LOG_FILE, Job
 from train.narrator import echo_new_lines
 from train.prepare import ensure_store, open_store
-from train.runs import absolute, choose_run
+from train.runs import Run, absolute, choose_run, output_folder
 from train.worker import Place, work
 
 
@@ -37,21 +39,23 @@ def fit(config: Config, *, fresh: bool = False, trial: Trial | None = None) -> B
     fresh: starts a new run all the same. trial: makes or continues this very trial of a search, and prints nothing.
     Errors: ConfigError when the unfinished run was started with another config; DataError from the log.
     """
-    output = absolute(config.output)
+    output = output_folder(config)
+    in_process = config.train.num_workers == 0
+    device = local_device(config.train.device) if in_process else None
+    resolve_mode(config.tracking)  # a mistake in WANDB_MODE is told before anything starts
     store = open_store(config) if trial else ensure_store(config)
-    content = store.manifest["content_sha256"]
-    root = trial.search / "trials" if trial else output / "runs" / config.name
-    run, continued = choose_run(root, config, content, fresh=fresh, run_id=trial.id if trial else None)
+    check_targets(store)
+    run, continued = _choose(config, store, output, fresh, trial)
     with run.lock():
         run = run.next_attempt()
+        if config.train.init_from and run.parent is None:
+            run = run.with_parent(Bundle.load(absolute(config.train.init_from), config.component_types).version)
         group = trial.search.name if trial else config.name
-        in_process = config.train.num_workers == 0
         job = Job.of(config, run, absolute(store.folder), output, group, echo=in_process and not trial)
         if continued and not trial:
             print(f"continues run {run.id} (attempt {run.attempt}) in {run.folder}", flush=True)
-        if in_process:
-            place = Place(0, 1, local_device(config.train.device))
-            work(job, place, trial.on_validation if trial else lambda _: None)
+        if device is not None:
+            work(job, Place(0, 1, device), trial.on_validation if trial else lambda _: None)
         else:
             from train.cluster import train_on_ray
 
@@ -59,6 +63,22 @@ def fit(config: Config, *, fresh: bool = False, trial: Trial | None = None) -> B
                 train_on_ray(job, config, trial.ray_callbacks if trial else ())
         run.mark("finished")
     return Bundle.load(Path(job.bundle), trusted=config.component_types)
+
+
+def _choose(config: Config, store: SequenceStore, output: Path, fresh: bool, trial: Trial | None) -> tuple[Run, bool]:
+    content = store.manifest["content_sha256"]
+    if trial:
+        return choose_run(trial.search / "trials", config, content, run_id=trial.id)
+    return choose_run(output / "runs" / config.name, config, content, fresh=fresh, ignore=("tune",))
+
+
+def check_targets(store: SequenceStore) -> None:
+    """DataError when the split leaves nothing to choose the best weights by; a note when there is no test."""
+    counts = store.manifest["counts"]
+    if not counts["val_users"]:
+        raise DataError(f"{store.folder}: data.split gives no validation target ({counts}); choose another split")
+    if not counts["test_users"]:
+        print(f"note: {store.folder}: data.split gives no test target; all test metrics will be 0", flush=True)
 
 
 def local_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:

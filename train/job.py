@@ -22,8 +22,12 @@ class Job:
     attempt: int
     bundle: str
     """Where the bundle goes."""
+    content: str
+    """Content hash of the store."""
     init_from: str | None
     """Bundle that the run starts from."""
+    parent: str | None
+    """Run id of that bundle."""
     wandb: str
     """Offline W&B runs go to the folder `wandb` in here."""
     group: str
@@ -42,6 +46,8 @@ class Job:
             run_id=run.id,
             attempt=run.attempt,
             bundle=str(output / "bundles" / config.name / run.id),
+            content=run.content,
+            parent=run.parent,
             init_from=None if source is None else str(absolute(source)),
             wandb=str(output),
             group=group,

@@ -28,11 +28,8 @@ class Narrator:
         self._steps, self._epochs = 1, 1
         self._since, self._tokens, self._lines_steps = time.perf_counter(), 0, 0
 
-    def start(
-        self, job: Job, model: nn.Module, store: SequenceStore, device: str, world: int, checkpoint: Path | None,
-        passed_over: Sequence[str],
-    ) -> None:  # fmt: skip
-        """What is trained on what, and from where it goes on."""
+    def start(self, job: Job, model: nn.Module, store: SequenceStore, device: str, world: int) -> None:
+        """What is trained on what."""
         counts = store.manifest["counts"]
         precision = "bf16" if uses_bf16(job.config["train"]["precision"], device) else "fp32"
         self._say(
@@ -41,12 +38,17 @@ class Narrator:
             f"{counts['items']:,} items, {counts['train_events']:,} training events; "
             f"{world} worker{'s'[: world > 1]} on {device}, {precision}"
         )
+
+    def origin(self, job: Job, checkpoint: Path | None, passed_over: Sequence[str], known: int | None) -> None:
+        """From where it goes on; known: items that the bundle of train.init_from knew."""
         for reason in passed_over:
             self._say(f"checkpoint passed over: {reason}")
         if checkpoint is not None:
             self._say(f"goes on from checkpoint {checkpoint}")
         elif job.attempt > 1:
             self._say("goes on from the beginning: the run has no checkpoint yet")
+        if known is not None:
+            self._say(f"starts from bundle {job.init_from}, which knows {known:,} of the items")
 
     def epoch(self, progress: Progress, steps: int, epochs: int) -> None:
         """An epoch begins (or goes on)."""

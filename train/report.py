@@ -1,5 +1,6 @@
 """What the commands print at the end: the model beside the baselines, and the next command."""
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seqray.bundle import Bundle
-from seqray.command import write_json
+from seqray.command import next_command, write_json
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -36,9 +37,9 @@ def bundle_rows(bundle: Bundle, split: str) -> dict[str, dict[str, float]]:
     }
 
 
-def finish_command(bundle: Bundle, config_path: str, json_path: str | None) -> None:
+def finish_command(bundle: Bundle, arguments: argparse.Namespace) -> None:
     """Prints what a train run or a search made and the command that serves it; writes the same as JSON."""
     print_metrics(f"test, full ranking over {len(bundle.vocabulary):,} items", bundle_rows(bundle, "test"))
-    if json_path:
-        write_json(json_path, {"bundle": str(bundle.folder), "metrics": bundle.metrics})
-    print(f"bundle: {bundle.folder}\nnext:   python -m serve {config_path} serve.bundle={bundle.folder}")
+    print(f"bundle: {bundle.folder}\nnext:   {next_command('serve', arguments, f'serve.bundle={bundle.folder}')}")
+    if arguments.json:
+        write_json(arguments.json, {"bundle": str(bundle.folder), "metrics": bundle.metrics})

@@ -14,13 +14,17 @@ from typing import Any, Literal, Self
 from seqray.command import write_json
 from seqray.config import Config
 from seqray.errors import ConfigError, SeqrayError
+from seqray.storage import is_uri
 
 FREE_TO_CHANGE = (
-    "name", "output", "serve", "tracking", "cluster", "evaluate.bundle", "evaluate.split", "data.store",
-    "train.num_workers", "train.device", "train.cpus_per_worker", "train.checkpoint_steps", "train.keep_checkpoints",
-    "train.max_failures", "tune.max_concurrent",
+    "name", "output", "serve", "tracking", "cluster", "evaluate.bundle", "evaluate.split", "evaluate.batch_size",
+    "data.path", "data.store", "train.num_workers", "train.device", "train.cpus_per_worker", "train.checkpoint_steps",
+    "train.keep_checkpoints", "train.max_failures", "tune.max_concurrent",
 )  # fmt: skip
-"""What may differ when an unfinished run or search goes on: nothing of it decides what is learnt."""
+"""What may differ when an unfinished run or search goes on: nothing of it decides what is learnt.
+
+The content of the store stands for data.path.
+"""
 
 Status = Literal["unfinished", "finished", "abandoned"]
 
@@ -40,12 +44,16 @@ class Run:
     attempt: int = 0
     """Counts the commands that worked on the run; an older attempt's workers no longer write."""
     created: str = ""
+    parent: str | None = None
+    """Run id of the bundle that the run started from."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """The run in `folder`."""
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return cls(folder, **record)
+        """The run in `folder`; ConfigError when its record cannot be read."""
+        try:
+            return cls(folder, **json.loads((folder / "run.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{folder / 'run.json'}: not the record of a run: {error}") from error
 
     def save(self) -> Self:
         """Writes the record and gives the run back."""
@@ -60,7 +68,18 @@ class Run:
 
     def next_attempt(self) -> Self:
         """The run as a new command works on it; call it under `lock`."""
-        return replace(self, attempt=self.attempt + 1).save()
+        current = self.load(self.folder)
+        if current.status == "abandoned":
+            raise ConfigError(f"{self.folder}: another command has abandoned this run meanwhile; start again")
+        return replace(current, attempt=current.attempt + 1, status="unfinished").save()
+
+    def with_parent(self, parent: str) -> Self:
+        """The run with the run id of the bundle it starts from, saved: the bundle itself may go later."""
+        return replace(self, parent=parent).save()
+
+    def has_learnt(self) -> bool:
+        """Whether there is a checkpoint, or the trials of a search, that a new start would lose."""
+        return any(self.folder.glob("checkpoints/step_*")) or (self.folder / "tune").exists()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -85,21 +104,34 @@ def check_attempt(folder: Path, attempt: int) -> None:
 
 
 def choose_run(
-    root: Path, config: Config, content: str, *, fresh: bool = False, run_id: str | None = None
+    root: Path,
+    config: Config,
+    content: str,
+    *,
+    fresh: bool = False,
+    run_id: str | None = None,
+    ignore: tuple[str, ...] = (),
 ) -> tuple[Run, bool]:
     """(the run to work on, whether it is continued) among the runs of `config.name` under `root`.
 
     The newest unfinished run goes on when config and data are the same, and is refused with the difference when they
-    are not. A finished run is never touched: a new one is made. `fresh` abandons the unfinished one.
+    are not, unless it has learnt nothing yet. A finished run is never touched: a new one is made. `fresh` abandons the
+    unfinished one. run_id: this very run (a trial), finished or not. ignore: further paths that may differ.
     """
     runs = [Run.load(path.parent) for path in sorted(root.glob(f"{run_id or '*'}/run.json"))]
-    unfinished = [run for run in runs if run.status == "unfinished"]
-    if unfinished and fresh:
-        unfinished[-1].mark("abandoned")
-    elif unfinished:
-        run = unfinished[-1]
-        _refuse_difference(run, config, content)
-        return run, True
+    going = [run for run in runs if run.status == "unfinished" or run.id == run_id]
+    if going:
+        run, lines = going[-1], _differences(going[-1], config, content, ignore)
+        if not lines and not fresh:
+            return run, True
+        if not fresh and run.has_learnt():
+            raise ConfigError(
+                f"run {run.id} of {run.name!r} is unfinished and was started with another config:\n  "
+                + "\n  ".join(lines)
+                + "\nput the values back to continue it, start anew with --fresh, or give the new run another name="
+            )
+        with run.lock():
+            run.mark("abandoned")
     now = datetime.now(UTC)
     new_id = run_id or f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = root / new_id
@@ -109,27 +141,22 @@ def choose_run(
     ).save(), False
 
 
-def _refuse_difference(run: Run, config: Config, content: str) -> None:
-    lines = differences(run.config, config.plain())
-    if content != run.content:
-        lines.append("data: the content of the prepared store has changed")
-    if lines:
-        raise ConfigError(
-            f"run {run.id} of {run.name!r} is unfinished and was started with another config:\n  "
-            + "\n  ".join(lines)
-            + "\nput the values back to continue it, start anew with --fresh, or give the new run another name="
-        )
+def _differences(run: Run, config: Config, content: str, ignore: tuple[str, ...]) -> list[str]:
+    lines = differences(run.config, config.plain(), ignore)
+    return lines if content == run.content else [*lines, "data: the content of the prepared store has changed"]
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...] = (), prefix: str = ""
+) -> list[str]:
     """`path: old -> new` for every value that decides what is learnt."""
     lines = []
     for key in dict.fromkeys([*old, *new]):
         path, before, after = f"{prefix}{key}", old.get(key), new.get(key)
-        if path in FREE_TO_CHANGE or before == after:
+        if path in FREE_TO_CHANGE or path in ignore or before == after:
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            lines += differences(before, after, f"{path}.")
+            lines += differences(before, after, ignore, f"{path}.")
         else:
             lines.append(f"{path}: {before!r} -> {after!r}")
     return lines
@@ -138,3 +165,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def absolute(path: str | os.PathLike[str]) -> Path:
     """The path from the root: workers do not share the command's working folder."""
     return Path(path).expanduser().absolute()
+
+
+def output_folder(config: Config) -> Path:
+    """`config.output` from the root; ConfigError when it is no folder of a file system."""
+    if is_uri(config.output):
+        raise ConfigError(f"output: {config.output!r} is a URI; runs need a local folder, or one that all nodes share")
+    return absolute(config.output)

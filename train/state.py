@@ -5,7 +5,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,32 +57,47 @@ class TrainState:
         self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
     def save(self, folder: Path, keep: int) -> Path:
-        """Writes `folder/step_N`, complete under a temporary name before it is renamed; the newest `keep` stay."""
-        target = folder / f"step_{self.progress.global_step:09d}"
-        temporary = folder / f".{target.name}.{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        """Writes `folder/step_N` (`step_N_end` when training is over), complete before it gets its name.
+
+        The newest `keep` stay; what a killed writer left behind goes.
+        """
+        target = folder / f"step_{self.progress.global_step:09d}{'_end' if self.progress.done else ''}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step_*"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary, replaced = folder / f".{target.name}.new", folder / f".{target.name}.old"
+        temporary.mkdir()
         save_file(_contiguous(self.model.state_dict()), temporary / "model.safetensors")
         save_file(_contiguous(_optimizer_tensors(self.optimizer)), temporary / "optimizer.safetensors")
         save_file(_contiguous(self.best), temporary / "best.safetensors")
         numbers = asdict(self.progress) | {"best_value": self._finite_best()}
         (temporary / "progress.json").write_text(json.dumps(numbers), encoding="utf-8")
         write_manifest(temporary, {}, sorted(path.name for path in temporary.iterdir()))
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # one that was passed over as damaged
+            os.replace(target, replaced)
         os.replace(temporary, target)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in _checkpoints(folder)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
         return target
 
     def load(self, checkpoint: Path) -> None:
-        """Takes everything from a checkpoint; BundleError when it is torn or does not fit."""
+        """Takes everything from a checkpoint, or nothing: BundleError when it is torn or does not fit."""
         verify_manifest(checkpoint, BundleError)
         numbers = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        best = numbers.pop("best_value")
-        self.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-        _set_optimizer_tensors(self.optimizer, load_file(checkpoint / "optimizer.safetensors"))
-        self.best = load_file(checkpoint / "best.safetensors")
-        self.progress = Progress(**numbers, best_value=float("-inf") if best is None else best)
+        model, best, optimizer = (
+            load_file(checkpoint / f"{name}.safetensors") for name in ("model", "best", "optimizer")
+        )
+        here = _shapes(self.model.state_dict())
+        if _shapes(model) != here or (best and _shapes(best) != here):
+            raise BundleError(f"{checkpoint}: its weights are not of this model")
+        slots = _optimizer_slots(optimizer, len(list(self.model.parameters())), checkpoint)
+        best_value = numbers.pop("best_value")
+        progress = Progress(**numbers, best_value=float("-inf") if best_value is None else best_value)
+        self.model.load_state_dict(model)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self.best, self.progress = best, progress
 
     def load_newest(self, folder: Path) -> tuple[Path | None, list[str]]:
         """(checkpoint that was loaded, reasons why newer ones were passed over); None when there is none."""
@@ -90,7 +105,7 @@ class TrainState:
         for checkpoint in _checkpoints(folder):
             try:
                 self.load(checkpoint)
-            except (BundleError, OSError, ValueError) as error:
+            except (BundleError, OSError, ValueError, TypeError, KeyError) as error:
                 reasons.append(f"{checkpoint.name}: {error}")
             else:
                 return checkpoint, reasons
@@ -114,10 +129,15 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     return {f"{index}.{key}": torch.as_tensor(value) for index, slots in state.items() for key, value in slots.items()}
 
 
-def _set_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+def _optimizer_slots(tensors: Tensors, parameters: int, checkpoint: Path) -> dict[int, Tensors]:
+    slots: dict[int, Tensors] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    groups = cast(list[dict[str, Any]], optimizer.state_dict()["param_groups"])
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        slots.setdefault(int(index), {})[key] = tensor
+    if slots and sorted(slots) != list(range(parameters)):
+        raise BundleError(f"{checkpoint}: its optimizer is not of this model")
+    return slots
+
+
+def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -48,7 +48,8 @@ class Trainer:
         """Trains until the last epoch or until `patience` validations passed without a better one."""
         progress = self._state.progress
         if progress.done:
-            report(progress.history[-1])  # of a former attempt, whose listener may not have noted it
+            # Of a former attempt, whose listener may not have noted it.
+            report({**progress.history[-1], "training_over": 1.0})
         while not progress.done:
             self._train_epoch()
             last = progress.epoch == self._config.train.epochs
@@ -57,7 +58,7 @@ class Trainer:
                 progress.done = last or progress.bad_validations >= self._config.train.patience
                 if progress.done:
                     self._save_checkpoint()
-                report(metrics)
+                report({**metrics, "training_over": float(progress.done)})
 
     def final_metrics(self) -> dict[str, Any]:
         """Test metrics of the best weights, its validation, and the baselines; the test targets are ranked once."""

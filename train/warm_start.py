@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqray.bundle import Bundle
 from seqray.errors import BundleError
@@ -14,21 +14,16 @@ from seqray.vocabulary import ItemVocabulary
 def start_from_bundle(model: Module, folder: Path, trusted: tuple[str, ...], vocabulary: ItemVocabulary) -> int:
     """Copies the bundle's weights into `model` and gives back how many items it knew.
 
-    Rows of embeddings over items are matched by item_id; an item that the bundle does not know keeps its first
-    weights. BundleError when a tensor is missing or of another size, or the bundle names code that is not `trusted`.
+    Rows of the item weights are matched by item_id; an item that the bundle does not know keeps its first weights.
+    BundleError when a tensor is missing or of another size, or the bundle names code that is not `trusted`.
     """
     bundle = Bundle.load(folder, trusted)
     pairs = [(row, bundle.vocabulary.index(vocabulary.item_id(row))) for row in range(1, len(vocabulary) + 1)]
     known = torch.tensor([(0, 0), *((row, old) for row, old in pairs if old)])
-    item_tables = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module.num_embeddings == len(vocabulary) + 1
-    }
-    state = dict(model.state_dict())
-    for name, tensor in state.items():
+    item_weights = model.item_weights().data_ptr()
+    for name, tensor in model.state_dict().items():
         given = bundle.state.get(name)
-        rows = name in item_tables
+        rows = tensor.data_ptr() == item_weights
         if given is None or given.shape[int(rows) :] != tensor.shape[int(rows) :]:
             raise BundleError(f"{folder}: {name} is {_shape(given)}, the model of this config needs {_shape(tensor)}")
         if rows:

@@ -1,6 +1,7 @@
 """One worker of a run. What is distributed is here and nowhere else: ranks, DDP, sums over workers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from seqray.bundle import Bundle
 from seqray.config import Config
-from seqray.errors import SeqrayError
+from seqray.errors import DataError, SeqrayError
 from seqray.evaluation import Part
 from seqray.losses import build_loss
 from seqray.models.protocol import build_model
 from seqray.sequences import SequenceStore
 from seqray.tracking import Tracker
 from train.job import LOG_FILE, Job
-from train.narrator import Narrator
+from train.narrator import Narrator, write_line
 from train.objective import Objective
 from train.optimizer import build_optimizer
-from train.runs import check_attempt
+from train.runs import StaleAttempt, check_attempt
 from train.state import TrainState
-from train.trainer import Trainer
+from train.trainer import Trainer, TrainingError
 from train.warm_start import start_from_bundle
 
 Report = Callable[[Mapping[str, float]], None]
@@ -48,6 +49,8 @@ def ray_worker(plain_job: dict[str, Any]) -> str | None:
     place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     try:
         work(Job(**plain_job), place, lambda metrics: ray.train.report(dict(metrics)))
+    except StaleAttempt:
+        raise  # of the first worker alone: the others must not wait for it
     except SeqrayError as error:
         return str(error)
     return None
@@ -59,26 +62,24 @@ def work(job: Job, place: Place, report: Report) -> None:
     `report` gets the metrics of every validation, on all workers alike.
     """
     config = Config.parse(job.config)
-    store = SequenceStore(job.store)
-    if place.device.type == "cuda":
-        torch.cuda.set_device(place.device)
-    elif place.world > 1:
-        torch.set_num_threads(config.train.cpus_per_worker)
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, store.num_items).to(place.device)
-    state = TrainState(model, build_optimizer(model, config.train))
-    checkpoint, passed_over = state.load_newest(Path(job.run_folder) / "checkpoints")
-    if checkpoint is None and job.init_from:
-        start_from_bundle(model, Path(job.init_from), config.component_types, store.vocabulary)
+    with all_or_none(job, place):
+        store = open_store(job)
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, store.num_items).to(place.device)
+        state = TrainState(model, build_optimizer(model, config.train))
+        checkpoint, passed_over = state.load_newest(Path(job.run_folder) / "checkpoints")
+        known = None
+        if checkpoint is None and job.init_from:
+            known = start_from_bundle(model, Path(job.init_from), config.component_types, store.vocabulary)
     objective: nn.Module = Objective(model, build_loss(config.loss), store.num_items, config.train.precision)
     if place.world > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-    part = Part(place.rank, place.world, sum_over_workers(place))
-    log = None if place.rank else Path(job.run_folder) / LOG_FILE
-    narrator = Narrator(log, job.echo, _tracker(job, config, place))
-    narrator.start(job, model, store, place.device.type, place.world, checkpoint, passed_over)
-    trainer = Trainer(config, store, state, objective, part, narrator, Path(job.run_folder), job.attempt)
+    narrator = _narrator(job, config, place)
     try:
+        narrator.start(job, model, store, place.device.type, place.world)
+        narrator.origin(job, checkpoint, passed_over, known)
+        part = Part(place.rank, place.world, sum_over_workers(place))
+        trainer = Trainer(config, store, state, objective, part, narrator, Path(job.run_folder), job.attempt)
         trainer.train(report)
         metrics = trainer.final_metrics()
         if place.rank == 0:
@@ -91,19 +92,42 @@ def work(job: Job, place: Place, report: Report) -> None:
     narrator.finish(exit_code=0)
 
 
+@contextmanager
+def all_or_none(job: Job, place: Place) -> Iterator[None]:
+    """What fails in here on one worker fails on all, so that nobody waits for one that gave up."""
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    elif place.world > 1:
+        torch.set_num_threads(Config.parse(job.config).train.cpus_per_worker)
+    problem: SeqrayError | None = None
+    try:
+        yield
+    except SeqrayError as error:
+        problem = error
+        if place.rank:
+            write_line(Path(job.run_folder) / LOG_FILE, f"worker {place.rank} cannot start: {error}")
+    failed = sum_over_workers(place)(torch.tensor([int(problem is not None)]))
+    if problem is not None:
+        raise problem
+    if int(failed):
+        raise TrainingError("another worker could not start; the run's log says why")
+
+
+def open_store(job: Job) -> SequenceStore:
+    """The store of the job; DataError when it is not the one that the run began with."""
+    store = SequenceStore(job.store)
+    if store.manifest["content_sha256"] != job.content:
+        raise DataError(f"{job.store}: has changed since the run began")
+    return store
+
+
 def save_bundle(job: Job, config: Config, store: SequenceStore, state: TrainState, metrics: Mapping[str, Any]) -> None:
     """Writes the bundle unless a former attempt already did."""
     if not Path(job.bundle).exists():
         Bundle.save(
             job.bundle, config=config, state=state.best, items=store.items_table, metrics=metrics,
-            data_fingerprint=store.manifest["content_sha256"], run_id=job.run_id, curve=state.progress.history,
-            parent=parent_id(job, config),
+            data_fingerprint=job.content, run_id=job.run_id, curve=state.progress.history, parent=job.parent,
         )  # fmt: skip
-
-
-def parent_id(job: Job, config: Config) -> str | None:
-    """Run id of the bundle that the run started from."""
-    return None if job.init_from is None else Bundle.load(job.init_from, config.component_types).version
 
 
 def sum_over_workers(place: Place) -> Callable[[Tensor], Tensor]:
@@ -112,17 +136,18 @@ def sum_over_workers(place: Place) -> Callable[[Tensor], Tensor]:
     def add(tensor: Tensor) -> Tensor:
         if place.world == 1:
             return tensor
-        total = tensor.to(place.device)
+        total = tensor.to(place.device, copy=True)
         dist.all_reduce(total)
         return total.to(tensor.device)
 
     return add
 
 
-def _tracker(job: Job, config: Config, place: Place) -> Tracker | None:
+def _narrator(job: Job, config: Config, place: Place) -> Narrator:
     if place.rank:
-        return None
-    return Tracker(
+        return Narrator(None, echo=False, tracker=None)
+    tracker = Tracker(
         config.tracking, Path(job.wandb), run_id=job.run_id, name=job.run_id, group=job.group,
         tags=(config.model.type, config.loss.type), settings=job.config,
     )  # fmt: skip
+    return Narrator(Path(job.run_folder) / LOG_FILE, job.echo, tracker)

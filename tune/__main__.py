@@ -14,7 +14,7 @@ def main(config: Config, arguments: argparse.Namespace) -> None:
     from train.report import finish_command
     from tune.search import search
 
-    finish_command(search(config, fresh=arguments.fresh), arguments.config, arguments.json)
+    finish_command(search(config, fresh=arguments.fresh), arguments)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """search: from a config with `tune.space` to the bundle of the best trial."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from seqray.bundle import Bundle
 from seqray.config import Config
 from seqray.errors import ConfigError, SeqrayError
-from seqray.program_config import Distribution, TuneConfig
 from seqray.storage import is_uri
 from train.cluster import connect, uses_gpu
+from train.fit import check_targets
 from train.prepare import ensure_store
-from train.runs import Run, absolute, choose_run
+from train.runs import Run, absolute, choose_run, output_folder
+from tune.picture import draw_search
+from tune.strategy import domain, tune_config
 from tune.trial import run_trial
-from tune.trials import Recorder, draw_search, print_trials, read_trials
+from tune.trials import Recorder, print_trials, read_trials
 
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 NESTED_TRIAL_CPU = 0.01
 """A trial that only drives Ray Train's workers must not take a CPU away from them."""
 
@@ -33,8 +33,9 @@ def search(config: Config, *, fresh: bool = False) -> Bundle:
     """
     if not config.tune.space:
         raise ConfigError("tune.space: nothing to search; give it paths such as train.learning_rate")
-    output = absolute(config.output)
+    output = output_folder(config)
     store = ensure_store(config)
+    check_targets(store)
     root = output / "searches" / config.name
     run, continued = choose_run(root, config, store.manifest["content_sha256"], fresh=fresh)
     with run.lock():
@@ -43,15 +44,15 @@ def search(config: Config, *, fresh: bool = False) -> Bundle:
         _run_trials(config, run)
         rows = read_trials(run.folder)
         print_trials(rows, config.train.monitor)
-        picture = draw_search(run.folder, rows, config.train.monitor)
-        print(f"search plot: {picture}")
         unfinished = [row for row in rows if row.status == "interrupted"]
         if unfinished or len(rows) < config.tune.num_trials:
             raise SearchError(f"{run.folder}: the search was interrupted; the same command goes on with it")
         run.mark("finished")
+    print(f"search plot: {draw_search(run.folder, rows, config.train.monitor)}")
     winner = max((row for row in rows if row.bundle), key=lambda row: row.best, default=None)
     if winner is None:
-        raise SearchError(f"{run.folder}: no trial finished; the first error: {rows[0].error or 'none'}")
+        error = next((row.error for row in rows if row.error), "none")
+        raise SearchError(f"{run.folder}: no trial finished; the first error: {error}")
     assert winner.bundle is not None
     print(f"winner: trial {winner.number}, {config.train.monitor} {winner.best:.4f}, {winner.sample}")
     return Bundle.load(Path(winner.bundle), trusted=config.component_types)
@@ -60,7 +61,7 @@ def search(config: Config, *, fresh: bool = False) -> Bundle:
 def _run_trials(config: Config, run: Run) -> None:
     nested = config.train.num_workers > 1
     workers = config.train.num_workers * config.train.cpus_per_worker
-    connect(config, workers + 1 if nested else 1, state_api=nested)
+    connect(config, workers + 1 if nested else config.train.cpus_per_worker, state_api=nested)
     import ray
     import ray.tune
 
@@ -76,8 +77,8 @@ def _run_trials(config: Config, run: Run) -> None:
         at_once = config.tune.max_concurrent or _places(config, nested, use_gpu)
         tuner = ray.tune.Tuner(
             trainable,
-            param_space={key: _domain(value) for key, value in config.tune.space.items()},
-            tune_config=_tune_config(config, at_once),
+            param_space={key: domain(value) for key, value in config.tune.space.items()},
+            tune_config=tune_config(config, at_once),
             run_config=ray.tune.RunConfig(
                 name="tune",
                 storage_path=str(run.folder),
@@ -104,53 +105,3 @@ def _places(config: Config, nested: bool, use_gpu: bool) -> int:
     if use_gpu:
         return max(1, int(resources.get("GPU", 0)) // workers)
     return max(1, int(resources.get("CPU", 1)) // (workers * config.train.cpus_per_worker))
-
-
-def _tune_config(config: Config, at_once: int) -> Any:
-    import optuna
-    import ray.tune
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.basic_variant import BasicVariantGenerator
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    tune, monitor = config.tune, config.train.monitor
-    sampler: Any = BasicVariantGenerator(random_state=config.seed)
-    if tune.search == "optuna":
-        sampler = OptunaSearch(seed=config.seed, metric=monitor, mode="max")
-    return ray.tune.TuneConfig(
-        metric=monitor,
-        mode="max",
-        num_samples=tune.num_trials,
-        max_concurrent_trials=at_once,
-        search_alg=sampler,
-        scheduler=_asha(tune, config, ASHAScheduler) if tune.scheduler == "asha" else None,
-    )
-
-
-def _asha(tune: TuneConfig, config: Config, scheduler: Any) -> Any:
-    """Time is counted in epochs, so that a trial that was interrupted goes on where it stood.
-
-    The end lies after the last epoch: a trial that got there still has to rank the test targets and write its bundle.
-    """
-    epochs = config.train.epochs
-    return scheduler(
-        time_attr="epoch",
-        max_t=epochs + 1,
-        grace_period=min(tune.grace_validations * config.train.evaluate_every, epochs),
-        reduction_factor=tune.reduction_factor,
-    )
-
-
-def _domain(distribution: Distribution) -> Any:
-    import ray.tune
-
-    if distribution.choice is not None:
-        return ray.tune.choice(list(distribution.choice))
-    if distribution.uniform is not None:
-        return ray.tune.uniform(*distribution.uniform)
-    if distribution.loguniform is not None:
-        return ray.tune.loguniform(*distribution.loguniform)
-    assert distribution.randint is not None
-    low, high = distribution.randint
-    return ray.tune.randint(low, high + 1)

@@ -111,50 +111,6 @@ def print_trials(rows: Sequence[TrialRow], monitor: str) -> None:
     Console(width=120).print(table)
 
 
-def draw_search(search: Path, rows: Sequence[TrialRow], monitor: str) -> Path:
-    """A PNG: the metric of each trial and the best so far, then the metric over each searched value."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    seen = [row for row in rows if row.best >= 0]
-    keys = list(dict.fromkeys(key for row in rows for key in row.sample))
-    figure = Figure(figsize=(4 * (len(keys) + 1), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(keys) + 1, sharey=True, squeeze=False)[0]
-    numbers = [row.number for row in seen]
-    axes[0].step(
-        numbers, _running_best([row.best for row in seen]), where="post", color="tab:gray", label="best so far"
-    )
-    axes[0].set(xlabel="trial", ylabel=monitor)
-    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis, key in zip(axes[1:], keys, strict=True):
-        axis.set_xlabel(key)
-        if all(isinstance(row.sample[key], int) for row in seen):
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if all(isinstance(row.sample[key], float) for row in seen) and _wide(seen, key):
-            axis.set_xscale("log")
-    for status, color in (("finished", "tab:blue"), ("stopped early", "tab:orange"), ("failed", "tab:red")):
-        some = [row for row in seen if row.status == status]
-        for axis, xs in zip(
-            axes, [[r.number for r in some], *([r.sample[k] for r in some] for k in keys)], strict=True
-        ):
-            axis.scatter(xs, [row.best for row in some], color=color, label=status if some else None)
-    axes[0].legend(fontsize="small")
-    FigureCanvasAgg(figure)
-    path = search / "search.png"
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _running_best(values: Sequence[float]) -> list[float]:
-    return [max(values[: end + 1]) for end in range(len(values))]
-
-
-def _wide(rows: Sequence[TrialRow], key: str) -> bool:
-    values: list[float] = [row.sample[key] for row in rows]
-    return bool(values) and min(values) > 0 and max(values) > 5 * min(values)
-
-
 def _last_line(error: Any) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else ""
