@@ -26,6 +26,7 @@ from seqray.errors import SeqrayError
 
 CONFIG = "configs/demo.yaml"
 FOLDER = Path(".seqray/demo")
+WANDB = Path(".seqray/wandb")
 SEED = 1
 console = Console(width=120, highlight=False, soft_wrap=True)
 
@@ -101,7 +102,10 @@ def _walk() -> None:
             _ask(port)
         with road.step("shut it down"):
             serving.close()
-    road.print({"log and items": f"{FOLDER}/", "bundle": bundle, "server's output": f"{FOLDER}/serve.log"})
+    made = {"log and items": f"{FOLDER}/", "bundle": bundle, "server's output": f"{FOLDER}/serve.log"}
+    if any(WANDB.glob("offline-run-*")):
+        made["W&B runs"] = f"{WANDB}/ (offline; `wandb sync` uploads them)"
+    road.print(made)
     print(f"\nnext: python -m serve {CONFIG} serve.bundle={bundle}\n      your own log: see README.md")
 
 
