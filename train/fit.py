@@ -54,15 +54,24 @@ def fit(config: Config, *, fresh: bool = False, trial: Trial | None = None) -> B
         job = Job.of(config, run, absolute(store.folder), output, group, echo=in_process and not trial)
         if continued and not trial:
             print(f"continues run {run.id} (attempt {run.attempt}) in {run.folder}", flush=True)
-        if device is not None:
-            work(job, Place(0, 1, device), trial.on_validation if trial else lambda _: None)
-        else:
-            from train.cluster import train_on_ray
-
-            with nullcontext() if trial else echo_new_lines(run.folder / LOG_FILE):
-                train_on_ray(job, config, trial.ray_callbacks if trial else ())
+        try:
+            _work(job, config, device, trial)
+        except KeyboardInterrupt:
+            print(f"run {run.id} is unfinished; the same command goes on with it", flush=True)
+            raise
         run.mark("finished")
     return Bundle.load(Path(job.bundle), trusted=config.component_types)
+
+
+def _work(job: Job, config: Config, device: torch.device | None, trial: Trial | None) -> None:
+    """In this process on `device`, or on Ray Train's workers when there is none."""
+    if device is not None:
+        work(job, Place(0, 1, device), trial.on_validation if trial else lambda _: None)
+        return
+    from train.cluster import train_on_ray
+
+    with nullcontext() if trial else echo_new_lines(Path(job.run_folder) / LOG_FILE):
+        train_on_ray(job, config, trial.ray_callbacks if trial else ())
 
 
 def _choose(config: Config, store: SequenceStore, output: Path, fresh: bool, trial: Trial | None) -> tuple[Run, bool]:

@@ -62,6 +62,7 @@ def work(job: Job, place: Place, report: Report) -> None:
     `report` gets the metrics of every validation, on all workers alike.
     """
     config = Config.parse(job.config)
+    settle(place, config.train.cpus_per_worker)
     with all_or_none(job, place):
         store = open_store(job)
         torch.manual_seed(config.seed)
@@ -92,13 +93,17 @@ def work(job: Job, place: Place, report: Report) -> None:
     narrator.finish(exit_code=0)
 
 
-@contextmanager
-def all_or_none(job: Job, place: Place) -> Iterator[None]:
-    """What fails in here on one worker fails on all, so that nobody waits for one that gave up."""
+def settle(place: Place, threads: int) -> None:
+    """Binds the process to its GPU, or to its share of the CPU cores; in the command's own process it takes all."""
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     elif place.world > 1:
-        torch.set_num_threads(Config.parse(job.config).train.cpus_per_worker)
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def all_or_none(job: Job, place: Place) -> Iterator[None]:
+    """What fails in here on one worker fails on all, so that nobody waits for one that gave up."""
     problem: SeqrayError | None = None
     try:
         yield
