@@ -79,7 +79,7 @@ def train_on_ray(job: Job, config: Config, callbacks: Sequence[Any] = ()) -> Non
 
     use_gpu = uses_gpu(config)
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    result = TorchTrainer(
+    trainer = TorchTrainer(
         ray_worker,
         train_loop_config=job.plain(),
         scaling_config=ray.train.ScalingConfig(
@@ -94,6 +94,10 @@ def train_on_ray(job: Job, config: Config, callbacks: Sequence[Any] = ()) -> Non
             ),
             callbacks=[TellFailures(), *callbacks],
         ),
-    ).fit()
+    )
+    try:
+        result = trainer.fit()
+    except SystemExit as ended:  # how Ray Train answers Ctrl-C
+        raise KeyboardInterrupt from ended
     if result.return_value is not None:
         raise TrainingError(result.return_value)
