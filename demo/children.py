@@ -23,7 +23,10 @@ class DemoError(Exception):
 
 @contextmanager
 def child(command: Sequence[str], output: IO[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A started program, interrupted when the block is left before it ended, and killed when it does not obey."""
+    """A started program, terminated when the block is left before it ended, and killed when it does not obey.
+
+    By SIGTERM: where the demo itself runs in the background, its children inherit that SIGINT is ignored.
+    """
     # In a session of its own, Ctrl-C reaches it once, by us, and whatever it leaves can be found.
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT if output else None,
@@ -33,7 +36,7 @@ def child(command: Sequence[str], output: IO[bytes] | None = None) -> Iterator[s
         yield process
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             try:
                 process.wait(GRACE_SECONDS)
             except subprocess.TimeoutExpired:
@@ -62,7 +65,7 @@ def server(command: Sequence[str], port: int, log: Path, ready_seconds: float = 
                 raise DemoError(f"the server was not ready after {ready_seconds:g} s; its last output:\n{_tail(log)}")
             time.sleep(0.3)
         yield
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             status = process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ def run_command(
             parser.add_argument(flag.name, action="store_true", help=flag.help)
     arguments = parser.parse_intermixed_args(argv)
     _find_modules_here()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end, by whatever means, a command ends in order
     # Threads that wait must not spin: on shared cores they would take the time that the working ones need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

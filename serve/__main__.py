@@ -35,8 +35,6 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     def tell(_signal: int, _frame: FrameType | None) -> None:
         told.set()
 
-    # Told during the start it ends the start; Ray would otherwise leave its processes to themselves.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     deployment = start(config)
     signal.signal(signal.SIGTERM, tell)
     signal.signal(signal.SIGINT, tell)

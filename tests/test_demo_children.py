@@ -22,7 +22,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
-signal.signal(signal.SIGINT, lambda *_: threading.Thread(target=server.shutdown).start())
+signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
 print("serving", flush=True)
 server.serve_forever()
 server.server_close()

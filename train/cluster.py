@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,15 @@ START_UP_RETRIES = 3
 
 
 def connect(config: Config, cpus: int, *, state_api: bool = False) -> bool:
+    """Finds a cluster as `find_cluster` does; True when it was started here."""
+    started = find_cluster(config, cpus, state_api=state_api)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own answer to SIGTERM aborts the process; a command that is told to end shall end in order.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return started
+
+
+def find_cluster(config: Config, cpus: int, *, state_api: bool) -> bool:
     """Joins the cluster of `cluster.address`, or starts one in this process that holds `cpus`; True when started.
 
     state_api: the cluster needs Ray's State API, which only a dashboard offers.
