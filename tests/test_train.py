@@ -138,6 +138,14 @@ def test_fresh_leaves_the_unfinished_run_alone(tmp_path: Path) -> None:
     assert Run.load(run.folder).status == "abandoned"
 
 
+def test_a_run_that_finished_meanwhile_is_not_opened_again(tmp_path: Path) -> None:
+    run = start_and_leave(shop_config(tmp_path, train={"epochs": 1}))
+    run.mark("finished")
+    with run.lock(), pytest.raises(ConfigError, match="has finished this run"):
+        run.next_attempt()
+    assert Run.load(run.folder).status == "finished"
+
+
 def test_a_second_command_on_the_same_run_is_refused(tmp_path: Path) -> None:
     config = shop_config(tmp_path, train={"epochs": 1})
     run = start_and_leave(config)

@@ -69,8 +69,8 @@ class Run:
     def next_attempt(self) -> Self:
         """The run as a new command works on it; call it under `lock`."""
         current = self.load(self.folder)
-        if current.status == "abandoned":
-            raise ConfigError(f"{self.folder}: another command has abandoned this run meanwhile; start again")
+        if current.status != self.status:
+            raise ConfigError(f"{self.folder}: another command has {current.status} this run meanwhile; start again")
         return replace(current, attempt=current.attempt + 1, status="unfinished").save()
 
     def with_parent(self, parent: str) -> Self:
