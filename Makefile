@@ -29,7 +29,7 @@ format: $(STAMP)  ## put the code into shape
 
 clean:  ## remove .venv and all caches (.seqray holds runs and bundles and stays)
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist seqray.egg-info
-	find $(PACKAGES) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The commands run from the checkout, so only what they need is installed, not the project itself.
 $(STAMP): pyproject.toml constraints.txt

@@ -23,8 +23,9 @@ from seqray.bundle_report import git_commit, model_card
 from seqray.component import DEFAULT, MODULE_ATTRIBUTE, is_built_in
 from seqray.config import NAME, Config
 from seqray.errors import BundleError, ConfigError
-from seqray.manifest import MANIFEST_FILE, verify_manifest, write_manifest
+from seqray.manifest import verify_manifest, write_manifest
 from seqray.models.protocol import Module, build_model
+from seqray.storage import MANIFEST_FILE
 from seqray.training_curve import draw_training_curve
 from seqray.vocabulary import ItemVocabulary
 from seqray.yaml_file import parse_yaml

@@ -79,12 +79,14 @@ def write_json(path: str | Path, data: Any) -> None:
 
 def _check_writable(path: str | None) -> None:
     """ConfigError before the work, not after it."""
-    folder = Path(path or ".").absolute().parent if path else Path.cwd()
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--json: cannot write {path}: {error}") from error
-    if path and (not os.access(folder, os.W_OK) or Path(path).is_dir()):
+    if not os.access(folder, os.W_OK) or Path(path).is_dir():
         raise ConfigError(f"--json: cannot write {path}")
 
 

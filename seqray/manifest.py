@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from seqray.errors import BundleError, SeqrayError
+from seqray.storage import MANIFEST_FILE
 
-MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".joblib", ".npz", ".dill"})
 ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from seqray.errors import DataError
+from seqray.storage import MANIFEST_FILE
 from seqray.vocabulary import ItemVocabulary
 
 FORMAT_VERSION = 1
 SEQUENCES_FILE = "sequences.arrow"
 ITEMS_FILE = "items.parquet"
-MANIFEST_FILE = "manifest.json"
 SPLIT_COLUMNS = ("train_end", "val_start", "val_end", "test_start", "test_end")
 
 Split = Literal["val", "test"]

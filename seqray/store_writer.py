@@ -17,8 +17,9 @@ from seqray import __version__
 from seqray.data_config import DataConfig
 from seqray.interactions import Interactions
 from seqray.item_table import item_table
-from seqray.sequences import FORMAT_VERSION, ITEMS_FILE, MANIFEST_FILE, SEQUENCES_FILE, SPLIT_COLUMNS
+from seqray.sequences import FORMAT_VERSION, ITEMS_FILE, SEQUENCES_FILE, SPLIT_COLUMNS
 from seqray.splits import SplitPositions, iso_time
+from seqray.storage import MANIFEST_FILE
 from seqray.table_files import find_files
 
 IntArray = npt.NDArray[np.int64]

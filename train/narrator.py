@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from seqray.samples import Step
 from seqray.sequences import SequenceStore
@@ -26,7 +26,7 @@ class Narrator:
     def __init__(self, log: Path | None, echo: bool, tracker: Tracker | None) -> None:
         self._log_path, self._echo, self._tracker = log, echo, tracker
         self._steps, self._epochs = 1, 1
-        self._since, self._tokens, self._lines_steps = time.perf_counter(), 0, 0
+        self._restart_clock()
 
     def start(self, job: Job, model: nn.Module, store: SequenceStore, device: str, world: int) -> None:
         """What is trained on what."""
@@ -55,23 +55,23 @@ class Narrator:
         if progress.step:
             self._say(f"epoch {progress.epoch + 1} goes on at step {progress.step}/{steps}")
         self._steps, self._epochs = steps, epochs
-        self._since, self._tokens, self._lines_steps = time.perf_counter(), 0, 0
+        self._restart_clock()
 
-    def step(self, progress: Progress, step: Step, loss: Tensor, rate: float) -> None:
+    def step(self, progress: Progress, step: Step, rate: float) -> None:
         """A line every few seconds."""
         self._tokens += step.global_tokens
-        self._lines_steps += 1
+        self._steps_since += 1
         seconds = time.perf_counter() - self._since
         if self._log_path is None or seconds < SECONDS_BETWEEN_LINES:
             return
         speed = self._tokens / seconds
-        left = ((self._epochs - progress.epoch) * self._steps - progress.step) * seconds / self._lines_steps
+        left = ((self._epochs - progress.epoch) * self._steps - progress.step) * seconds / self._steps_since
         self._say(
             f"epoch {progress.epoch + 1}/{self._epochs}  step {progress.step}/{self._steps}  "
             f"{speed:,.0f} tokens/s  at most {timedelta(seconds=round(left))} left"
         )
         self._log({"train/tokens_per_s": speed, "train/learning_rate": rate}, progress.global_step)
-        self._since, self._tokens, self._lines_steps = time.perf_counter(), 0, 0
+        self._restart_clock()
 
     def validation(
         self, progress: Progress, row: Mapping[str, float], monitor: str, baselines: Mapping[str, Mapping[str, float]]
@@ -100,6 +100,10 @@ class Narrator:
         """Ends the W&B run."""
         if self._tracker is not None:
             self._tracker.finish(exit_code)
+
+    def _restart_clock(self) -> None:
+        """Speed is measured from here."""
+        self._since, self._tokens, self._steps_since = time.perf_counter(), 0, 0
 
     def _say(self, line: str) -> None:
         if self._log_path is not None:

@@ -41,6 +41,7 @@ class Trainer:
         loss = 0.0 if part.rank else state.progress.loss_sum
         self._loss_sum = torch.tensor(loss, dtype=torch.float64, device=self._device)
         self._epoch_loss = math.nan
+        self._baselines: dict[Split, Rows] = {}
         if not len(self._samples):
             raise TrainingError(f"{store.folder}: no user has two training events, so there is nothing to learn")
 
@@ -86,7 +87,7 @@ class Trainer:
             progress.step += 1
             progress.global_step += 1
             progress.seconds += time.perf_counter() - started
-            self._narrator.step(progress, step, self._loss_sum, self._learning_rate())
+            self._narrator.step(progress, step, self._learning_rate())
             if progress.global_step % self._config.train.checkpoint_steps == 0:
                 self._save_checkpoint()
         self._epoch_loss = float(self._global_loss()) / self._samples.tokens
@@ -141,8 +142,11 @@ class Trainer:
         return with_split(found, split)
 
     def _baseline_rows(self, split: Split) -> Rows:
-        """From the first worker alone: nobody else prints or stores them."""
-        return {} if self._part.rank else baseline_rows(self._store, split, self._config.evaluate)
+        """From the first worker alone: nobody else prints or stores them. Looked up once a run."""
+        if split not in self._baselines:
+            rows = {} if self._part.rank else baseline_rows(self._store, split, self._config.evaluate)
+            self._baselines[split] = rows
+        return self._baselines[split]
 
     def _global_loss(self) -> Tensor:
         return self._part.sum_over_workers(self._loss_sum)

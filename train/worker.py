@@ -64,7 +64,7 @@ def work(job: Job, place: Place, report: Report) -> None:
     config = Config.parse(job.config)
     settle(place, config.train.cpus_per_worker)
     with all_or_none(job, place):
-        store = open_store(job)
+        store = store_of(job)
         torch.manual_seed(config.seed)
         model = build_model(config.model, store.num_items).to(place.device)
         state = TrainState(model, build_optimizer(model, config.train))
@@ -118,7 +118,7 @@ def all_or_none(job: Job, place: Place) -> Iterator[None]:
         raise TrainingError("another worker could not start; the run's log says why")
 
 
-def open_store(job: Job) -> SequenceStore:
+def store_of(job: Job) -> SequenceStore:
     """The store of the job; DataError when it is not the one that the run began with."""
     store = SequenceStore(job.store)
     if store.manifest["content_sha256"] != job.content:

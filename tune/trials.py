@@ -1,4 +1,4 @@
-"""The trials of a search: what is recorded of them, their table and their picture."""
+"""The trials of a search: what is recorded of them, and their table."""
 
 import json
 from collections.abc import Sequence
