@@ -20,6 +20,7 @@ from torch import Tensor
 
 from seqray import __version__
 from seqray.bundle_report import git_commit, model_card
+from seqray.catalogue import Catalogue
 from seqray.component import DEFAULT, MODULE_ATTRIBUTE, is_built_in
 from seqray.config import NAME, Config
 from seqray.errors import BundleError, ConfigError
@@ -124,6 +125,11 @@ class Bundle:
         """Items, padding not counted."""
         return int(self.items.num_rows)
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """What the model is built for."""
+        return Catalogue(self.num_items, self.items, self.config.data.event_types)
+
     @cached_property
     def vocabulary(self) -> ItemVocabulary:
         """The items of the bundle; BundleError when an id is there twice."""
@@ -139,7 +145,7 @@ class Bundle:
     @cached_property
     def _model(self) -> Module:
         with torch.random.fork_rng(devices=[]):  # the weights that a model starts with are drawn for nothing here
-            model = build_model(self.config.model, self.num_items)
+            model = build_model(self.config.model, self.catalogue)
         self._compare(model.state_dict())
         model.load_state_dict(self.state)
         return model.eval()

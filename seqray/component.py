@@ -8,11 +8,21 @@ from seqray.errors import ConfigError
 from seqray.sections import Component
 
 BUILT_IN: dict[str, dict[str, tuple[str, str]]] = {
-    "model": {"sasrec": ("seqray.sections:SASRecConfig", "seqray.models.sasrec:SASRec")},
+    "model": {
+        "sasrec": ("seqray.model_sections:SASRecConfig", "seqray.models.sasrec:SASRec"),
+        "bsarec": ("seqray.model_sections:BSARecConfig", "seqray.models.bsarec:BSARec"),
+        "bert4rec": ("seqray.model_sections:BERT4RecConfig", "seqray.models.bert4rec:BERT4Rec"),
+        "causal_lm": ("seqray.model_sections:CausalLMConfig", "seqray.models.causal_lm:CausalLM"),
+        "basket": ("seqray.model_sections:BasketConfig", "seqray.models.basket:BasketTransformer"),
+        "esasrec": ("seqray.model_sections:ESASRecConfig", "seqray.models.esasrec:ESASRec"),
+        "hstu": ("seqray.model_sections:HSTUConfig", "seqray.models.hstu:HSTU"),
+        "gru4rec": ("seqray.model_sections:GRU4RecConfig", "seqray.models.gru4rec:GRU4Rec"),
+    },
     "loss": {
         "softmax": ("seqray.sections:SoftmaxConfig", "seqray.losses:Softmax"),
         "sampled_softmax": ("seqray.sections:SampledSoftmaxConfig", "seqray.losses:SampledSoftmax"),
         "bce": ("seqray.sections:BCEConfig", "seqray.losses:BCE"),
+        "gbce": ("seqray.sections:GBCEConfig", "seqray.losses:GBCE"),
     },
 }
 DEFAULT = {"model": "sasrec", "loss": "softmax"}

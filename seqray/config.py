@@ -14,6 +14,7 @@ from seqray.component import DEFAULT, config_class
 from seqray.config_errors import nearest_key, unknown_key_message
 from seqray.data_config import DataConfig
 from seqray.errors import ConfigError
+from seqray.model_sections import SASRecConfig
 from seqray.program_config import (
     ClusterConfig,
     Distribution,
@@ -23,7 +24,7 @@ from seqray.program_config import (
     TrainConfig,
     TuneConfig,
 )
-from seqray.sections import Component, SASRecConfig, Section, SoftmaxConfig
+from seqray.sections import Component, Section, SoftmaxConfig
 from seqray.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 NOT_SEARCHED = (

@@ -7,13 +7,16 @@ check_model(MyModel.Config(type="my_module:MyModel", hidden_dim=32, max_length=8
 import torch
 from torch import Tensor
 
+from seqray.catalogue import Catalogue
 from seqray.losses import build_loss
-from seqray.models.protocol import Module, build_model
-from seqray.negatives import Negatives
+from seqray.models.protocol import Module, build_model, is_causal, predict
+from seqray.negatives import step_negatives
+from seqray.samples import Step, Targets
 from seqray.sections import Component, SoftmaxConfig
 from seqray.sequences import Batch
 
 NUM_ITEMS = 12
+CATALOGUE = Catalogue(NUM_ITEMS)
 TOLERANCE = 1e-5
 
 
@@ -27,39 +30,45 @@ def check_model(config: Component) -> None:
 
 
 def check_shapes(config: Component) -> None:
-    """One finite hidden state for each token, one weight vector for each item and padding, of one width."""
+    """One finite hidden state for each asked event, one weight vector for each item and padding, of one width."""
     model = _model(config)
-    hidden_TD, weights_VD = model.encode(_batch([1, 2, 3], [4])), model.item_weights()
+    batch = _batch([1, 2, 3], [4])
+    weights_VD = model.item_weights()
     assert weights_VD.shape[0] == NUM_ITEMS + 1, f"item_weights has {weights_VD.shape[0]} rows, not {NUM_ITEMS + 1}"
-    assert hidden_TD.shape == (4, weights_VD.shape[1]), f"encode gave {tuple(hidden_TD.shape)} for 4 tokens"
-    assert bool(hidden_TD.isfinite().all()), "hidden states are not finite"
+    for asked, count in ((batch, 4), (batch.ask_last(), 2)) if is_causal(model) else ((batch.ask_last(), 2),):
+        hidden_PD = model.encode(asked)
+        assert hidden_PD.shape == (count, weights_VD.shape[1]), f"encode gave {tuple(hidden_PD.shape)} for {count}"
+        assert bool(hidden_PD.isfinite().all()), "hidden states are not finite"
 
 
 def check_causality(config: Component) -> None:
     """What comes later does not change a hidden state; where positions count from the end, lengths are equal here."""
     model = _model(config)
+    if not is_causal(model):
+        return
     before = model.encode(_batch([1, 2, 3, 4]))[:3]
     after = model.encode(_batch([1, 2, 3, 9]))[:3]
     assert torch.equal(before, after), "changing an event changed the hidden states before it"
 
 
 def check_packing(config: Component) -> None:
-    """A sequence's hidden states do not depend on what else is in the batch."""
+    """A sequence's scores do not depend on what else is in the batch."""
     model = _model(config)
-    alone = model.encode(_batch([5, 6, 7]))
-    together = model.encode(_batch([1, 2, 3, 4, 5], [5, 6, 7], [8]))[5:8]
+    alone = predict(model, _batch([5, 6, 7]).ask_last()).scores()
+    together = predict(model, _batch([1, 2, 3, 4, 5], [5, 6, 7], [8]).ask_last()).scores()[1:2]
     difference = float((alone - together).abs().max().detach())
-    assert difference < TOLERANCE, f"another sequence in the batch moved a hidden state by {difference}"
+    assert difference < TOLERANCE, f"another sequence in the batch moved a score by {difference}"
 
 
 def check_repeatable(config: Component) -> None:
-    """Weights carry the model: a new one with the same weights gives the same hidden states."""
-    model, batch = _model(config), _batch([1, 2, 3], [4, 5])
+    """Weights carry the model: a new one with the same weights gives the same scores."""
+    model, batch = _model(config), _batch([1, 2, 3], [4, 5]).ask_last()
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        other = build_model(config, NUM_ITEMS).eval()
+        other = build_model(config, CATALOGUE).eval()
     other.load_state_dict(model.state_dict())
-    assert torch.equal(model.encode(batch), other.encode(batch)), "equal weights gave different hidden states"
+    same = torch.equal(predict(model, batch).scores(), predict(other, batch).scores())
+    assert same, "equal weights gave different scores"
 
 
 def check_learns_cycle(config: Component, steps: int = 300) -> None:
@@ -68,29 +77,29 @@ def check_learns_cycle(config: Component, steps: int = 300) -> None:
     loss, generator = build_loss(SoftmaxConfig()), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     length = min(6, model.max_length)
+    view = getattr(model, "training_view", None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for step in range(steps):
-            items_BL = _cycles(torch.randint(0, NUM_ITEMS, (32,), generator=generator), length + 1)
-            batch = Batch(items_BL[:, :-1].flatten(), torch.full((32,), length))
-            targets_T = items_BL[:, 1:].flatten()
-            negatives = Negatives((0, 0, step), NUM_ITEMS, torch.arange(len(targets_T)), len(targets_T))
-            total = loss(model.encode(batch), targets_T, model.item_weights(), negatives)
-            torch.autograd.backward(total / len(targets_T))
+        for number in range(steps):
+            step = _cycle_step(
+                torch.randint(0, NUM_ITEMS, (32,), generator=generator), length, is_causal(model) or view is not None
+            )
+            negatives = step_negatives((0, 0, number), NUM_ITEMS, step)
+            step = step if view is None else view(step, negatives)
+            total = loss(predict(model, step.batch), step.targets, negatives)
+            torch.autograd.backward(total / step.global_targets)
             optimizer.step()
             optimizer.zero_grad()
-    items_BL = _cycles(torch.arange(NUM_ITEMS), length + 1)
-    batch = Batch(items_BL[:, :-1].flatten(), torch.full((NUM_ITEMS,), length))
-    hidden_BD = model.eval().encode(batch)[batch.last_token_B()]
-    best_B = (hidden_BD @ model.item_weights().T)[:, 1:].argmax(1) + 1
-    hit_rate = float((best_B == items_BL[:, -1]).float().mean())
+    step = _cycle_step(torch.arange(NUM_ITEMS), length, causal=False)
+    scores_BV = predict(model.eval(), step.batch).scores()
+    hit_rate = float((scores_BV[:, 1:].argmax(1) + 1 == step.targets.items_S).float().mean())
     assert hit_rate > 0.99, f"hit_rate@1 is {hit_rate:.2f} on a catalogue where the next item is always item + 1"
 
 
 def _model(config: Component) -> Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return build_model(config, NUM_ITEMS).eval()
+        return build_model(config, CATALOGUE).eval()
 
 
 def _batch(*sequences: list[int]) -> Batch:
@@ -100,5 +109,10 @@ def _batch(*sequences: list[int]) -> Batch:
     )
 
 
-def _cycles(start_B: Tensor, length: int) -> Tensor:
-    return (start_B.unsqueeze(1) + torch.arange(length)) % NUM_ITEMS + 1
+def _cycle_step(start_B: Tensor, length: int, causal: bool) -> Step:
+    """Sequences that go round from `start_B`; a target after every event, or after the newest alone."""
+    items_BL = (start_B.unsqueeze(1) + torch.arange(length + 1)) % NUM_ITEMS + 1
+    batch = Batch(items_BL[:, :-1].flatten(), torch.full((len(start_B),), length))
+    items_S = items_BL[:, 1:].flatten() if causal else items_BL[:, -1]
+    asked = batch if causal else batch.ask_last()
+    return Step(asked, Targets(items_S, None, torch.arange(len(items_S))), 1, len(items_S), len(batch.items_T))

@@ -17,6 +17,8 @@ class ColumnsConfig(Section):
     """Column of the item."""
     timestamp: str | None = "timestamp"
     """Column of the time (number, date or text); null when the rows of the log are in order already."""
+    event: str | None = None
+    """Column of what happened, such as view, cart, purchase; needs data.event_types."""
     basket: str | None = None
     """Column that ties the events of one purchase together, such as an invoice number."""
 
@@ -87,6 +89,8 @@ class DataConfig(Section):
     """Items with fewer events are left out."""
     filter: Literal["k_core", "one_pass"] = "k_core"
     """Repeat both minimums until nothing changes, or apply each once (items, then users)."""
+    event_types: tuple[str, ...] = Field((), max_length=127)
+    """Values of columns.event that models with `event_type: true` tell apart; all others are one of their own."""
     drop_items: tuple[str, ...] = ()
     """Ids that are no products, such as postage or fees; their events are left out."""
     repeats: Literal["keep", "once_per_basket", "drop"] = "keep"
@@ -106,6 +110,10 @@ class DataConfig(Section):
     def _fits(self) -> Self:
         if (self.tie_order == "column") != (self.tie_column is not None):
             raise ValueError("tie_column goes with tie_order: column, and only with it")
+        if bool(self.event_types) != (self.columns.event is not None):
+            raise ValueError("event_types goes with columns.event, and only with it")
+        if len(set(self.event_types)) != len(self.event_types):
+            raise ValueError("event_types names a type twice")
         if self.split.type == "temporal" and self.columns.timestamp is None:
             raise ValueError("split.type temporal needs columns.timestamp")
         if self.split.target == "next_basket" and not self.columns.timestamp:

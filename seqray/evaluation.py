@@ -13,7 +13,7 @@ from torch import Tensor
 from seqray.baselines import Baselines
 from seqray.errors import ModelError
 from seqray.metrics import RankCounts, rank_metrics
-from seqray.models.protocol import SequentialModel
+from seqray.models.protocol import SequentialModel, predict
 from seqray.program_config import EvaluateConfig
 from seqray.ranking import mask_scores, target_ranks, top_k
 from seqray.sequences import Queries, SequenceStore, Split
@@ -68,12 +68,13 @@ def evaluate(
 
 def model_scorer(model: SequentialModel, device: torch.device) -> Scorer:
     """Scores of a model in evaluation mode, in float32."""
-    weights_VD = model.item_weights().detach().float()
+    with torch.no_grad():
+        weights_VD = model.item_weights().float()
 
     def score(queries: Queries) -> Tensor:
         batch = queries.history(model.max_length).to(device)
         with torch.no_grad():
-            return model.encode(batch)[batch.last_token_B()].float() @ weights_VD.T
+            return predict(model, batch, weights_VD).scores()
 
     return score
 

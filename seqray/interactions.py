@@ -31,6 +31,8 @@ class Interactions:
     """Microseconds since 1970, or positions in the log where it has no times."""
     baskets_E: IntArray | None = None
     """Code of the basket; after `ordered`, runs of equal codes of one user are its baskets."""
+    event_types_E: npt.NDArray[np.int8] | None = None
+    """Place in `data.event_types`, from 1; 0 for any other."""
 
     def __len__(self) -> int:
         """Number of events."""
@@ -124,6 +126,7 @@ class Interactions:
             items_E=self.items_E[rows],
             timestamps_E=self.timestamps_E[rows],
             baskets_E=None if self.baskets_E is None else self.baskets_E[rows],
+            event_types_E=None if self.event_types_E is None else self.event_types_E[rows],
         )
 
 

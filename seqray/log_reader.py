@@ -18,6 +18,8 @@ from seqray.timestamps import time_column
 
 IntArray = npt.NDArray[np.int64]
 
+SHOWN = 10
+"""Values that an error message tells."""
 REASONS = ("null_user_id", "null_item_id", "null_timestamp", "bad_timestamp")
 
 
@@ -45,6 +47,7 @@ class _Part:
     items: Any
     times: IntArray | None
     baskets: Any
+    event_types: Any
     ties: Any
     rows: int
     bad_rows: Any
@@ -65,6 +68,7 @@ def read_log(data: DataConfig) -> Log:
         items_E=items,
         timestamps_E=np.concatenate(times) if times else np.arange(len(users)),
         baskets_E=_baskets([part.baskets for part in parts]) if data.columns.basket else None,
+        event_types_E=_event_types([part.event_types for part in parts], data) if data.columns.event else None,
     )
     tie = _ranks([part.ties for part in parts], files[0], str(data.tie_column)) if data.tie_column else None
     return Log(events, tie, sum(part.rows for part in parts), pa.concat_tables(part.bad_rows for part in parts))
@@ -75,7 +79,7 @@ def _read(file: TableFile, data: DataConfig) -> _Part:
     ours = {"user_id": columns.user_id, "item_id": columns.item_id}
     if columns.timestamp is not None:
         ours["timestamp"] = columns.timestamp
-    others = [name for name in (columns.basket, data.tie_column) if name is not None]
+    others = [name for name in (columns.basket, columns.event, data.tie_column) if name is not None]
     names = list(dict.fromkeys([*ours.values(), *others]))
     table = read_columns(file, names, as_text=names)
 
@@ -99,6 +103,7 @@ def _read(file: TableFile, data: DataConfig) -> _Part:
         items.filter(keep),
         None if times is None else times[good],
         ids(columns.basket).filter(keep) if columns.basket else None,
+        _text(table.column(columns.event).filter(keep)).dictionary_encode() if columns.event else None,
         table.column(data.tie_column).filter(keep) if data.tie_column else None,
         table.num_rows,
         _bad_rows(file, table, ours, bad),
@@ -139,6 +144,24 @@ def _baskets(parts: Sequence[Any]) -> IntArray:
     text = [part.cast(pa.large_string()) if len(kinds) > 1 else part for part in parts]
     codes: IntArray = pa.concat_arrays(text).dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
     return codes
+
+
+def _event_types(parts: Sequence[Any], data: DataConfig) -> npt.NDArray[np.int8]:
+    """The place of each event's type in `data.event_types`, from 1; DataError when no event has one of them."""
+    listed = pa.array(data.event_types, pa.large_string())
+    codes = []
+    for part in parts:
+        place = pc.fill_null(pc.index_in(part.dictionary, listed), -1).to_numpy(zero_copy_only=False) + 1
+        # A null has the code -1, which finds the 0 at the end.
+        codes.append(np.append(place, 0).astype(np.int8)[part.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
+    types = np.concatenate(codes)
+    if len(types) and not types.any():
+        found = sorted({value for part in parts for value in part.dictionary.to_pylist()})
+        raise DataError(
+            f"{data.path}: column {data.columns.event!r} holds none of data.event_types {', '.join(data.event_types)}; "
+            f"it holds {', '.join(found[:SHOWN]) or 'nulls'}{', ...' if len(found) > SHOWN else ''}"
+        )
+    return types
 
 
 def _ranks(parts: Sequence[Any], file: TableFile, column: str) -> IntArray:

@@ -1,17 +1,21 @@
-"""Losses over the catalogue, summed over tokens; the caller divides by the tokens of the global batch.
+"""Losses over the catalogue, summed over targets; the caller divides by the targets of the global batch.
 
-Shapes: T tokens, D hidden, V items + padding, N negatives, C tokens of a chunk.
+Shapes: P asked events, S targets, D hidden, V items + padding, N negatives, C targets of a chunk, K = 1 + N candidates.
 """
 
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
-import torch
-from torch import Tensor
+from torch import Tensor, sigmoid, softmax
 from torch.nn import functional as F
 
 from seqray.component import component_class
-from seqray.negatives import Negatives
-from seqray.sections import BCEConfig, Component, SampledSoftmaxConfig, SoftmaxConfig
+from seqray.full_softmax import full_cross_entropy
+from seqray.gradients import minus_log, rows_of_chunk
+from seqray.models.protocol import Prediction
+from seqray.negatives import Negatives, Sampler
+from seqray.sampled import Draws, sampled_loss
+from seqray.samples import Targets
+from seqray.sections import BCEConfig, Component, GBCEConfig, SampledSoftmaxConfig, SoftmaxConfig
 
 
 class Loss(Protocol):
@@ -19,8 +23,8 @@ class Loss(Protocol):
 
     Config: type[Component]
 
-    def __call__(self, hidden_TD: Tensor, targets_T: Tensor, weights_VD: Tensor, negatives: Negatives) -> Tensor:
-        """The loss summed over T, a float32 scalar."""
+    def __call__(self, prediction: Prediction, targets: Targets, negatives: Negatives) -> Tensor:
+        """The loss summed over S, a float32 scalar."""
         ...
 
 
@@ -37,86 +41,87 @@ class Softmax:
     def __init__(self, config: SoftmaxConfig) -> None:
         self._chunk_elements = config.chunk_elements
 
-    def __call__(self, hidden_TD: Tensor, targets_T: Tensor, weights_VD: Tensor, negatives: Negatives) -> Tensor:
-        """Summed over T; memory holds chunk_elements logits and never T x V."""
-        chunk = max(1, self._chunk_elements // len(weights_VD))
-        return cast(Tensor, _FullCrossEntropy.apply(hidden_TD, targets_T, weights_VD, chunk))  # type: ignore[no-untyped-call]
+    def __call__(self, prediction: Prediction, targets: Targets, negatives: Negatives) -> Tensor:
+        """Summed over S; memory holds a chunk of the logits and never P x V."""
+        V, D = prediction.weights_VD.shape
+        chunk = rows_of_chunk(self._chunk_elements, V, D, prediction.hidden_PD.device)
+        return full_cross_entropy(prediction, targets, chunk)
 
 
 class SampledSoftmax:
-    """Cross-entropy over the target and shared uniform negatives; a negative that is the target does not count."""
+    """Cross-entropy over the target and its negatives: -s(t) + log(exp s(t) + sum over negatives j of exp s'(j)).
+
+    A negative that is the target does not count. With log_q, s'(j) = s(j) - log of the expected count of j, so that the
+    sum is an unbiased estimate of the full softmax's over all items but the target: importance sampling of the
+    negative part (Bengio & Senecal 2008, "Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic
+    Language Model"; for in-batch negatives Yi et al. 2019, "Sampling-Bias-Corrected Neural Modeling for Large Corpus
+    Item Recommendations", s - log p). The target is there for certain and keeps its score, as Khrylchenko et al. 2025,
+    "Correcting the LogQ Correction", argue.
+    """
 
     Config = SampledSoftmaxConfig
 
     def __init__(self, config: SampledSoftmaxConfig) -> None:
-        self._num_negatives = config.num_negatives
+        self._sampler = Sampler(
+            config.num_negatives, config.negatives, config.per == "position", config.popularity_power,
+            config.uniform_share,
+        )  # fmt: skip
+        self._correct = config.negatives != "uniform" if config.log_q is None else config.log_q
+        self._chunk_elements = config.chunk_elements
 
-    def __call__(self, hidden_TD: Tensor, targets_T: Tensor, weights_VD: Tensor, negatives: Negatives) -> Tensor:
-        """Summed over T."""
-        negative_N = negatives.shared(self._num_negatives)
-        positive_T = (hidden_TD * F.embedding(targets_T, weights_VD)).sum(1).float()
-        negative_TN = (hidden_TD @ F.embedding(negative_N, weights_VD).T).float()
-        negative_TN = negative_TN.masked_fill(targets_T.unsqueeze(1) == negative_N, float("-inf"))
-        everything = torch.cat([positive_T.unsqueeze(1), negative_TN], 1)
-        return (everything.logsumexp(1) - positive_T).sum()
+    def __call__(self, prediction: Prediction, targets: Targets, negatives: Negatives) -> Tensor:
+        """Summed over S."""
+        draws = Draws(negatives, self._sampler, self._correct)
+        return sampled_loss(prediction, targets, draws, _softmax, self._chunk_elements)
 
 
 class BCE:
-    """Binary cross-entropy, -log s(positive) - sum log(1 - s(negative)) (SASRec, equation 7)."""
+    """Binary cross-entropy, -log s(target) - sum log(1 - s(negative)) (SASRec, equation 7)."""
 
-    Config = BCEConfig
+    Config: type[Component] = BCEConfig
 
-    def __init__(self, config: BCEConfig) -> None:
-        self._num_negatives = config.num_negatives
+    def __init__(self, config: BCEConfig | GBCEConfig) -> None:
+        self._sampler = Sampler(config.num_negatives, own=config.per == "position")
+        self._chunk_elements = config.chunk_elements
 
-    def __call__(self, hidden_TD: Tensor, targets_T: Tensor, weights_VD: Tensor, negatives: Negatives) -> Tensor:
-        """Summed over T and negatives; a negative that is the target does not count."""
-        negative_TN = negatives.per_token(self._num_negatives)
-        positive_T = (hidden_TD * F.embedding(targets_T, weights_VD)).sum(1).float()
-        score_TN = (hidden_TD.unsqueeze(1) * F.embedding(negative_TN, weights_VD)).sum(2).float()
-        counts_TN = negative_TN != targets_T.unsqueeze(1)
-        return F.softplus(-positive_T).sum() + (F.softplus(score_TN) * counts_TN).sum()
+    def __call__(self, prediction: Prediction, targets: Targets, negatives: Negatives) -> Tensor:
+        """Summed over S and negatives; a negative that is the target does not count."""
+        beta = self._beta(len(prediction.weights_VD) - 1)
+
+        def criterion(score_CK: Tensor) -> tuple[Tensor, Tensor]:
+            slope_CK = sigmoid(score_CK)
+            slope_CK[:, 0] = beta * (slope_CK[:, 0] - 1)
+            return beta * F.softplus(-score_CK[:, 0]) + F.softplus(score_CK[:, 1:]).sum(1), slope_CK
+
+        return sampled_loss(
+            prediction, targets, Draws(negatives, self._sampler, False), criterion, self._chunk_elements
+        )
+
+    def _beta(self, num_items: int) -> float:
+        return 1.0
 
 
-class _FullCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one pass over chunks of tokens: each chunk's logits live only until its gradients do.
+class GBCE(BCE):
+    """Generalised binary cross-entropy, -log s(target)^beta - sum log(1 - s(negative)).
 
-    Products and softmax run in autocast's type where autocast is on (softmax adds up in float32 all the same), the
-    loss in float32.
+    Petrov & Macdonald 2023, "gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative
+    Sampling": beta = alpha (t (1 - 1 / alpha) + 1 / alpha), alpha = N / (num_items - 1). Their factor 1 / (N + 1) is
+    left out, as in `bce`. The paper raises s to beta in float64; beta times log s says the same in float32.
     """
 
-    @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, targets_T: Tensor, weights_VD: Tensor, chunk: int) -> Tensor:
-        device = hidden_TD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
-        with torch.autocast(device, enabled=False):
-            hidden, weights = hidden_TD.to(dtype), weights_VD.to(dtype)
-            wants_gradient = any(ctx.needs_input_grad)
-            loss = torch.zeros((), device=hidden_TD.device)
-            grad_hidden = torch.empty_like(hidden_TD) if wants_gradient else None
-            grad_weights = torch.zeros_like(weights_VD) if wants_gradient else None
-            for start in range(0, len(hidden), chunk):
-                part = slice(start, start + chunk)
-                slope_CV, part_loss = _softmax_slope(hidden[part] @ weights.T, targets_T[part])
-                loss += part_loss
-                if grad_hidden is not None and grad_weights is not None:
-                    grad_hidden[part] = slope_CV @ weights
-                    grad_weights += slope_CV.T @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_weights)
-        return loss
+    Config: type[Component] = GBCEConfig
 
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weights = ctx.saved_tensors
-        return grad_hidden * upstream[0], None, grad_weights * upstream[0], None
+    def __init__(self, config: GBCEConfig) -> None:
+        super().__init__(config)
+        self._t = config.t
+
+    def _beta(self, num_items: int) -> float:
+        alpha = min(1.0, self._sampler.count / max(1, num_items - 1))
+        return alpha * (self._t * (1 - 1 / alpha) + 1 / alpha)
 
 
-def _softmax_slope(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
-    """(softmax minus one-hot of the target, the slope of the loss over the logits; summed loss)."""
-    logits_CV[:, 0] = float("-inf")
-    slope_CV = torch.softmax(logits_CV, 1)
-    target_C1 = target_C.unsqueeze(1)
-    chance_C1 = slope_CV.gather(1, target_C1)
-    slope_CV.scatter_(1, target_C1, chance_C1 - 1)
-    smallest = torch.finfo(torch.float32).tiny
-    return slope_CV, -chance_C1.float().clamp_min(smallest).log().sum()
+def _softmax(score_CK: Tensor) -> tuple[Tensor, Tensor]:
+    chance_CK = softmax(score_CK, 1)
+    loss_C = minus_log(chance_CK[:, 0])
+    chance_CK[:, 0] -= 1
+    return loss_C, chance_CK

@@ -28,6 +28,20 @@ class TrainConfig(Section):
     """Sequences of one optimizer step, over all workers."""
     windows: Literal["last", "all"] = "last"
     """Of a history longer than model.max_length: train on its newest window, or on all of them."""
+    samples: Literal["auto", "rows", "prefixes"] = "auto"
+    """rows: a window is one sample, with a target after each event. prefixes: every prefix of a history is a sample,
+    with a target after its newest event. auto: rows, but prefixes for a model that is not causal.
+    """
+    weigh: Literal["items", "baskets"] = "items"
+    """next_basket: each item of a basket counts the same in the loss, or each basket."""
+    half_life_days: float | None = Field(None, gt=0)
+    """A target counts half as much as one that is so many days younger; null: all the same."""
+    until: Literal["validation", "test"] = "validation"
+    """Train on the events before the validation targets, or (a final training with `epochs` chosen before, without
+    early stopping) on all before the test targets.
+    """
+    target: Literal["next_item", "next_basket"] | None = None
+    """The next event, or all items of the next basket (events of one user at one time); as data.split when null."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.98)

@@ -3,6 +3,8 @@
 Shapes: B queries, T packed events, D hidden, V items + padding, K top-k, P pairs (query, item_index).
 """
 
+import math
+import time
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -12,11 +14,14 @@ import torch
 from torch import Tensor
 
 from seqray.bundle import Bundle
+from seqray.models.protocol import predict
 from seqray.ranking import NEVER, mask_scores, top_k
-from seqray.sequences import Batch
+from seqray.sequences import UNKNOWN_TIME, Batch
 
 SCORES_AT_A_TIME = 2**25
 """Scores held at a time (128 MiB in float32); a larger list of queries is ranked in parts."""
+FARTHEST = 4e12
+"""Seconds from 1970, some 127,000 years; times beyond are taken for this one, so that differences fit in 64 bits."""
 
 Source = Literal["model", "popular"]
 
@@ -32,6 +37,18 @@ class Query:
     """Leave the history's items out; None: as the bundle was evaluated."""
     fallback: Literal["popular", "none"] = "popular"
     """Answer to a history without a known item: most popular items, or an empty list."""
+    events: tuple[str | None, ...] = ()
+    """What happened at each event of the history; empty: not known. Other values than the bundle's are as None."""
+    timestamps: tuple[float | None, ...] = ()
+    """When each event happened, seconds since 1970; empty: not known. They count when every event read has one."""
+    now: float | None = None
+    """Time of the query, seconds since 1970; None: the present moment."""
+
+    def __post_init__(self) -> None:
+        """ValueError when `events` or `timestamps` are not parallel to the history."""
+        for name, values in (("events", self.events), ("timestamps", self.timestamps)):
+            if values and len(values) != len(self.history):
+                raise ValueError(f"{name} has {len(values)} values for {len(self.history)} events of the history")
 
 
 class RankedItem(NamedTuple):
@@ -58,9 +75,14 @@ class _Known:
     """A query in item indices."""
 
     query: Query
-    history: list[int]
     unknown: tuple[Hashable, ...]
     excluded: list[int]
+    history: list[int]
+    """The events that the model reads."""
+    event_types: list[int]
+    """Of each event of `history`; empty: the log had none."""
+    times: list[int]
+    """Microseconds since 1970 of each event of `history` and then of the query; empty: not known."""
 
 
 class Recommender:
@@ -76,9 +98,12 @@ class Recommender:
         self._max_length = self._model.max_length
         self._exclude_seen = bundle.config.evaluate.exclude_seen
         self._vocabulary = bundle.vocabulary
+        data = bundle.config.data
+        self._event_types: dict[str | None, int] = {name: n for n, name in enumerate(data.event_types, start=1)}
+        self._has_times = data.columns.timestamp is not None
         self._item_ids: list[Any] = [None, *bundle.items.column("item_id").to_pylist()]
         with torch.inference_mode():
-            self._weights_DV = self._model.item_weights().float().contiguous().T
+            self._weights_VD = self._model.item_weights().float().contiguous()
         events = bundle.items.column("train_events").to_numpy()
         order = np.argsort(-events.astype(np.int64), kind="stable")
         self._popular = [(int(row) + 1, float(events[row])) for row in order]
@@ -88,7 +113,7 @@ class Recommender:
         known = [self._look_up(query) for query in queries]
         ranked = [position for position, one in enumerate(known) if one.history]
         answers = [self._fall_back(one) for one in known]
-        part = max(1, SCORES_AT_A_TIME // self._weights_DV.shape[1])
+        part = max(1, SCORES_AT_A_TIME // len(self._weights_VD))
         for start in range(0, len(ranked), part):
             positions = ranked[start : start + part]
             for position, answer in zip(positions, self._rank([known[p] for p in positions]), strict=True):
@@ -104,12 +129,29 @@ class Recommender:
 
     def _look_up(self, query: Query) -> _Known:
         index = self._vocabulary.index
-        pairs = [(item_id, index(item_id)) for item_id in query.history]
-        history = [item for _, item in pairs if item]
-        unknown = tuple(dict.fromkeys(item_id for item_id, item in pairs if not item))
-        exclude_seen = self._exclude_seen if query.exclude_seen is None else query.exclude_seen
+        items = [index(item_id) for item_id in query.history]
+        unknown = tuple(dict.fromkeys(i for i, item in zip(query.history, items, strict=True) if not item))
         excluded = [item for item in map(index, query.exclude_items) if item]
-        return _Known(query, history, unknown, excluded + history if exclude_seen else excluded)
+        if self._exclude_seen if query.exclude_seen is None else query.exclude_seen:
+            excluded += [item for item in items if item]
+        places = [place for place, item in enumerate(items) if item][-self._max_length :]
+        history = [items[place] for place in places]
+        return _Known(query, unknown, excluded, history, self._types(query, places), self._times(query, places))
+
+    def _types(self, query: Query, places: list[int]) -> list[int]:
+        if not self._event_types:
+            return []
+        return (
+            [self._event_types.get(query.events[place], 0) for place in places] if query.events else [0] * len(places)
+        )
+
+    def _times(self, query: Query, places: list[int]) -> list[int]:
+        moments = [query.timestamps[place] for place in places] if query.timestamps and self._has_times else []
+        known = [moment for moment in moments if moment is not None and math.isfinite(moment)]
+        if not known or len(known) < len(moments):
+            return []
+        now = time.time() if query.now is None else query.now
+        return [round(max(-FARTHEST, min(moment, FARTHEST)) * 1e6) for moment in (*known, now)]
 
     def _fall_back(self, known: _Known) -> Recommendation:
         if known.history:
@@ -127,7 +169,7 @@ class Recommender:
 
     @torch.inference_mode()
     def _rank(self, known: list[_Known]) -> list[Recommendation]:
-        scores_BV = self._scores([one.history[-self._max_length :] for one in known])
+        scores_BV = predict(self._model, self._batch(known), self._weights_VD).scores()
         query_P = torch.tensor([row for row, one in enumerate(known) for _ in one.excluded], dtype=torch.int64)
         item_P = torch.tensor([item for one in known for item in one.excluded], dtype=torch.int64)
         mask_scores(scores_BV, query_P.to(self._device), item_P.to(self._device))
@@ -137,13 +179,21 @@ class Recommender:
             for one, index, values in zip(known, index_BK.tolist(), values_BK.tolist(), strict=True)
         ]
 
-    def _scores(self, histories: list[list[int]]) -> Tensor:
-        lengths_B = torch.tensor([len(history) for history in histories])
-        items_T = torch.tensor([item for history in histories for item in history])
-        batch = Batch(items_T, lengths_B).to(self._device)
-        hidden_BD = self._model.encode(batch)[batch.last_token_B()].float()
-        return hidden_BD @ self._weights_DV
+    def _batch(self, known: list[_Known]) -> Batch:
+        """Histories with what the log of the bundle had too: event types and times, where the queries have them."""
+        times_T = next_times_T = None
+        if any(one.times for one in known):
+            times = [one.times or [UNKNOWN_TIME] * (len(one.history) + 1) for one in known]
+            times_T, next_times_T = _packed(one[:-1] for one in times), _packed(one[1:] for one in times)
+        events_T = _packed(one.event_types for one in known) if self._event_types else None
+        lengths_B = torch.tensor([len(one.history) for one in known])
+        items_T = _packed(one.history for one in known)
+        return Batch(items_T, lengths_B, None, times_T, next_times_T, events_T).ask_last().to(self._device)
 
     def _items(self, index: list[int], values: list[float]) -> tuple[RankedItem, ...]:
         found = zip(index, values, strict=False)
         return tuple(RankedItem(self._item_ids[item], score, "model") for item, score in found if score != NEVER)
+
+
+def _packed(parts: Iterable[list[int]]) -> Tensor:
+    return torch.tensor([value for part in parts for value in part], dtype=torch.int64)

@@ -4,7 +4,7 @@ Shapes: U users, E events, B sequences of a batch, T packed tokens (all real eve
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from seqray.catalogue import Catalogue
 from seqray.errors import DataError
 from seqray.storage import MANIFEST_FILE
 from seqray.vocabulary import ItemVocabulary
@@ -23,6 +24,9 @@ from seqray.vocabulary import ItemVocabulary
 FORMAT_VERSION = 1
 SEQUENCES_FILE = "sequences.arrow"
 ITEMS_FILE = "items.parquet"
+EVENT_TYPES = "event_types"
+UNKNOWN_TIME = -(2**63)
+"""In a batch: a time that nobody told; it equals no other time, itself included."""
 SPLIT_COLUMNS = ("train_end", "val_start", "val_end", "test_start", "test_end")
 
 Split = Literal["val", "test"]
@@ -33,7 +37,8 @@ class SequenceStore:
     """Histories of all users, memory-mapped: one row a user, events oldest first.
 
     `sequences.arrow` is one Arrow IPC record batch: user_id, items large_list<int32>, timestamps large_list<int64>
-    (microseconds since 1970; in file order where the log has no times), and the columns of SPLIT_COLUMNS (int32),
+    (microseconds since 1970; in file order where the log has no times), event_types large_list<int8> where the log has
+    them (place in `data.event_types`, from 1; 0 for any other), and the columns of SPLIT_COLUMNS (int32),
     positions in the user's own history: training is history[:train_end], the targets of validation are
     history[val_start:val_end] and its history is history[:val_start]; test likewise. No target: start == end (with a
     temporal split start is then the number of events before the period, or 0 for a user without history).
@@ -55,6 +60,9 @@ class SequenceStore:
         self.offsets: IntArray = batch.column("items").offsets.to_numpy()
         self.items: npt.NDArray[np.int32] = batch.column("items").values.to_numpy()
         self.timestamps: IntArray = batch.column("timestamps").values.to_numpy()
+        self.event_types: npt.NDArray[np.int8] | None = None
+        if EVENT_TYPES in batch.schema.names:
+            self.event_types = batch.column(EVENT_TYPES).values.to_numpy()
         split = {name: batch.column(name).to_numpy() for name in SPLIT_COLUMNS}
         self.train_end = split["train_end"]
         self._targets = {
@@ -77,10 +85,20 @@ class SequenceStore:
         """Items, padding not counted."""
         return int(self.manifest["counts"]["items"])
 
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """What a model is built for."""
+        return Catalogue(self.num_items, self.items_table, tuple(self.manifest["data"].get(EVENT_TYPES) or ()))
+
     @property
     def has_timestamps(self) -> bool:
         """Whether the log had times; without them `timestamps` are positions."""
         return bool(self.manifest["has_timestamps"])
+
+    def events_until(self, split: Literal["validation", "test"]) -> IntArray:
+        """Number of each user's events that come before the targets of `split`."""
+        end: npt.NDArray[np.int32] = self.train_end if split == "validation" else self._targets["test"][0]
+        return end.astype(np.int64)
 
     def events_before(self, split: Split) -> tuple[IntArray, IntArray]:
         """Positions (into `items`) and user rows of the events known before the targets of `split`.
@@ -125,7 +143,7 @@ class Queries:
     def history(self, max_length: int) -> "Batch":
         """The newest `max_length` events of each history."""
         start = np.maximum(self.begin, self.cut - max_length)
-        return Batch.gather(self.store.items, start, self.cut - start)
+        return Batch.gather(self.store, start, self.cut - start).ask_last()
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Pairs (query, item_index) of all events in the histories."""
@@ -148,36 +166,60 @@ class Queries:
 class Batch:
     """Sequences packed without padding.
 
-    items_T: int64 item_index of each token; lengths_B: tokens of each sequence, all at least 1.
-    targets_T: the next item after each token, for training; token_T: the token's place among all tokens of the
-    global batch, so that what is drawn for a token does not depend on the number of workers.
+    items_T: int64 item_index of each event; lengths_B: events of each sequence, all at least 1.
+    asked_P: the events after which a prediction is wanted, ascending indices into T; None: after every event.
+    times_T, next_times_T: microseconds since 1970 of the event, and of the event after it (for the newest: of the
+    query); None where the log has no times, UNKNOWN_TIME throughout a sequence that came without. events_T: event type
+    of each event, 0 for one that is not known; None where the log has no event types.
     """
 
     items_T: Tensor
     lengths_B: Tensor
-    targets_T: Tensor | None = None
-    token_T: Tensor | None = None
+    asked_P: Tensor | None = None
+    times_T: Tensor | None = None
+    next_times_T: Tensor | None = None
+    events_T: Tensor | None = None
 
     @classmethod
-    def gather(cls, items: npt.NDArray[np.int32], start: IntArray, lengths: IntArray) -> "Batch":
-        """The runs items[start : start + length] as one batch; an empty run becomes one token of padding."""
+    def gather(cls, store: SequenceStore, start: IntArray, lengths: IntArray) -> "Batch":
+        """The runs [start : start + length] of the store's events; an empty run becomes one event of padding."""
         empty = lengths == 0
-        tokens = items[ranges(np.where(empty, 0, start), np.maximum(lengths, 1))].astype(np.int64)
         lengths = np.maximum(lengths, 1)
-        if empty.any():
-            tokens[(np.cumsum(lengths) - lengths)[empty]] = 0
-        return cls(torch.from_numpy(tokens), torch.from_numpy(lengths))
+        places = ranges(np.where(empty, np.maximum(start - 1, 0), start), lengths)
+        items = store.items[places].astype(np.int64)
+        padding = (np.cumsum(lengths) - lengths)[empty]
+        items[padding] = 0
+        times = next_times = events = None
+        if store.has_timestamps:
+            after = store.timestamps[np.minimum(places + 1, len(store.timestamps) - 1)]
+            now = store.timestamps[places]
+            now[padding] = after[padding]
+            times, next_times = torch.from_numpy(now), torch.from_numpy(after)
+        if store.event_types is not None:
+            kinds = store.event_types[places].astype(np.int64)
+            kinds[padding] = 0
+            events = torch.from_numpy(kinds)
+        return cls(torch.from_numpy(items), torch.from_numpy(lengths), None, times, next_times, events)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`."""
-        if device.type == "cpu":
-            return self
-        parts = (self.items_T, self.lengths_B, self.targets_T, self.token_T)
-        return Batch(*(None if p is None else p.pin_memory().to(device, non_blocking=True) for p in parts))  # type: ignore[arg-type]
+        return self if device.type == "cpu" else Batch(*(_send(getattr(self, f.name), device) for f in fields(self)))
 
     def last_token_B(self) -> Tensor:
         """Index into T of each sequence's newest event."""
         return self.lengths_B.cumsum(0) - 1
+
+    def ask_last(self) -> "Batch":
+        """The same batch with a prediction wanted after each sequence's newest event alone."""
+        return replace(self, asked_P=self.last_token_B())
+
+    def asked(self, hidden_TD: Tensor) -> Tensor:
+        """hidden_PD: the rows after which a prediction is wanted."""
+        return hidden_TD if self.asked_P is None else hidden_TD.index_select(0, self.asked_P)
+
+
+def _send(tensor: Tensor | None, device: torch.device) -> Any:
+    return None if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def ranges(start: IntArray, lengths: IntArray) -> IntArray:

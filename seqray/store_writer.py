@@ -17,7 +17,7 @@ from seqray import __version__
 from seqray.data_config import DataConfig
 from seqray.interactions import Interactions
 from seqray.item_table import item_table
-from seqray.sequences import FORMAT_VERSION, ITEMS_FILE, SEQUENCES_FILE, SPLIT_COLUMNS
+from seqray.sequences import EVENT_TYPES, FORMAT_VERSION, ITEMS_FILE, SEQUENCES_FILE, SPLIT_COLUMNS
 from seqray.splits import SplitPositions, iso_time
 from seqray.storage import MANIFEST_FILE
 from seqray.table_files import find_files
@@ -113,6 +113,8 @@ def _write_sequences(path: Path, events: Interactions, split: SplitPositions) ->
         "timestamps": pa.LargeListArray.from_arrays(offsets, pa.array(events.timestamps_E)),
         **{name: pa.array(asdict(split)[name].astype(np.int32)) for name in SPLIT_COLUMNS},
     }
+    if events.event_types_E is not None:
+        columns[EVENT_TYPES] = pa.LargeListArray.from_arrays(offsets, pa.array(events.event_types_E))
     batch = pa.record_batch(columns)
     # One uncompressed batch, so that the file's own bytes are the arrays.
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:

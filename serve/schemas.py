@@ -17,6 +17,8 @@ MAX_K = 500
 MAX_HISTORY = 1000
 MAX_EXCLUDED = 1000
 MAX_ID_LETTERS = 512
+YEAR_5000 = 95_617_584_000
+"""Seconds since 1970."""
 NOT_BUILT = ("filter", "explain", "deadline_ms")
 """Fields of the API that this version does not know yet; to ignore them would be to answer another question."""
 
@@ -68,9 +70,10 @@ class Event(Strict):
 
     item_id: ItemId
     event: Name | None = None
-    """What happened, such as view or purchase; accepted, not used for ranking yet."""
+    """What happened, such as view or purchase, for models that read it; one that a model does not know is no error."""
     timestamp: Timestamp | None = None
-    """When; accepted, not used for ranking: the order of the list is the order of the history."""
+    """When, for models that read it; they do when each event that they read has one. The order of the list is the
+    order of the history."""
 
 
 HistoryEntry = Annotated[
@@ -103,15 +106,25 @@ class RecommendRequest(Strict):
 
     def query(self) -> Query:
         """The request as the recommender takes it."""
-        history = tuple(entry.item_id if isinstance(entry, Event) else entry for entry in self.history)
-        return Query(history, self.k, tuple(self.exclude_items), self.exclude_seen, self.fallback)
+        history, events, timestamps = zip(*map(_parts, self.history), strict=True) if self.history else ((), (), ())
+        return Query(
+            history, self.k, tuple(self.exclude_items), self.exclude_seen, self.fallback,
+            events if any(events) else (), timestamps if any(t is not None for t in timestamps) else (),
+        )  # fmt: skip
 
     def warnings(self) -> list[str]:
         """What the sender may want to know."""
         times = [entry.timestamp for entry in self.history if isinstance(entry, Event) and entry.timestamp is not None]
+        found = []
         if any(later < earlier for earlier, later in pairwise(times)):
-            return ["history: timestamps go back; history is oldest first, and the order of the list was taken"]
-        return []
+            found.append("history: timestamps go back; history is oldest first, and the order of the list was taken")
+        if any(moment > YEAR_5000 for moment in times):
+            found.append("history: timestamps beyond the year 5000; a number is in seconds, not milliseconds")
+        return found
+
+
+def _parts(entry: str | int | Event) -> tuple[str | int, str | None, float | None]:
+    return (entry.item_id, entry.event, entry.timestamp) if isinstance(entry, Event) else (entry, None, None)
 
 
 class RankedItem(BaseModel):

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from seqray.catalogue import Catalogue
+from seqray.model_sections import SASRecConfig
 from seqray.models.sasrec import SASRec
-from seqray.sections import Component, SASRecConfig
+from seqray.sections import Component
 from seqray.sequences import Batch
 
 
@@ -17,17 +19,17 @@ class LooksAhead(nn.Module):
 
     Config = SmallConfig
 
-    def __init__(self, config: SmallConfig, num_items: int) -> None:
+    def __init__(self, config: SmallConfig, catalogue: Catalogue) -> None:
         super().__init__()
         self.max_length = config.max_length
-        self.embedding = nn.Embedding(num_items + 1, 4)
+        self.embedding = nn.Embedding(catalogue.num_items + 1, 4)
 
     def item_weights(self) -> Tensor:
         return self.embedding.weight
 
     def encode(self, batch: Batch) -> Tensor:
         parts = self.embedding(batch.items_T).split(batch.lengths_B.tolist())
-        return torch.cat([part.mean(0, keepdim=True).expand_as(part) for part in parts])
+        return batch.asked(torch.cat([part.mean(0, keepdim=True).expand_as(part) for part in parts]))
 
 
 class MixesTheBatch(LooksAhead):
@@ -35,7 +37,7 @@ class MixesTheBatch(LooksAhead):
 
     def encode(self, batch: Batch) -> Tensor:
         embedded_TD = self.embedding(batch.items_T)
-        return embedded_TD + embedded_TD.mean(0)
+        return batch.asked(embedded_TD + embedded_TD.mean(0))
 
 
 class NoModel(nn.Module):
@@ -43,7 +45,7 @@ class NoModel(nn.Module):
 
     Config = SmallConfig
 
-    def __init__(self, config: SmallConfig, num_items: int) -> None:
+    def __init__(self, config: SmallConfig, catalogue: Catalogue) -> None:
         super().__init__()
 
 
@@ -58,11 +60,11 @@ class WideFails(SASRec):
 
     Config = WideFailsConfig  # type: ignore[assignment]
 
-    def __init__(self, config: WideFailsConfig, num_items: int) -> None:
+    def __init__(self, config: WideFailsConfig, catalogue: Catalogue) -> None:
         if config.hidden_dim == 13:
             raise RuntimeError("13 dimensions bring bad luck")
         sasrec = SASRecConfig(hidden_dim=config.hidden_dim, num_blocks=1, dropout=config.dropout, max_length=8)
-        super().__init__(sasrec, num_items)
+        super().__init__(sasrec, catalogue)
 
 
 class Explodes(SASRec):
@@ -70,8 +72,8 @@ class Explodes(SASRec):
 
     Config = WideFailsConfig  # type: ignore[assignment]
 
-    def __init__(self, config: WideFailsConfig, num_items: int) -> None:
-        super().__init__(SASRecConfig(hidden_dim=16, num_blocks=1, max_length=8), num_items)
+    def __init__(self, config: WideFailsConfig, catalogue: Catalogue) -> None:
+        super().__init__(SASRecConfig(hidden_dim=16, num_blocks=1, max_length=8), catalogue)
 
     def encode(self, batch: Batch) -> Tensor:
         return super().encode(batch) * float("nan")

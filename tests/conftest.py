@@ -29,10 +29,21 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from seqray.bundle import Bundle  # noqa: E402
+from seqray.catalogue import Catalogue  # noqa: E402
 from seqray.config import Config  # noqa: E402
 from seqray.models.protocol import build_model  # noqa: E402
 
 NUM_ITEMS = 30
+TABLES = ("items.", "events.", "position_embedding.")
+FEATURES = {
+    "data.columns.event": "what",
+    "data.event_types": ["view", "buy"],
+    "model.event_type": True,
+    "model.time_gap": True,
+    "model.season": True,
+    "model.item_columns": [{"column": "price", "buckets": 3}],
+}
+"""A model of the tiny config that reads all there is."""
 
 
 def tiny_config(**serve: object) -> Config:
@@ -64,10 +75,11 @@ def tiny_items(num_items: int = NUM_ITEMS) -> pa.Table:
 
 def tiny_state(config: Config, num_items: int = NUM_ITEMS) -> dict[str, torch.Tensor]:
     """Weights large enough that scores differ."""
+    catalogue = Catalogue(num_items, tiny_items(num_items), config.data.event_types)
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        state = build_model(config.model, num_items).state_dict()
-    return {name: tensor * 20 if "embedding" in name else tensor for name, tensor in state.items()}
+        state = build_model(config.model, catalogue).state_dict()
+    return {name: tensor * 20 if name.startswith(TABLES) else tensor for name, tensor in state.items()}
 
 
 def save_tiny(folder: Path, **changes: object) -> Bundle:
@@ -83,6 +95,13 @@ def save_tiny(folder: Path, **changes: object) -> Bundle:
         "curve": [{"epoch": epoch, "step": epoch, "train/loss": 3.0 / epoch} for epoch in (1, 2, 3)],
     }
     return Bundle.save(folder, **{**arguments, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def featured_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose model reads event types, times and a column of the items."""
+    config = tiny_config().override(FEATURES)
+    return save_tiny(tmp_path_factory.mktemp("bundles") / "featured", config=config, state=tiny_state(config))
 
 
 @pytest.fixture(scope="session")

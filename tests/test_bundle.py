@@ -162,7 +162,7 @@ def test_no_folder_is_a_bundle_error(tmp_path: Path) -> None:
 
 
 def test_weights_must_fit_the_items(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"item_embedding\.weight is .*\(31, 16\).*29 items.*needs .*\(30, 16\)"):
+    with pytest.raises(BundleError, match=r"items\.embedding\.weight is .*\(31, 16\).*29 items.*needs .*\(30, 16\)"):
         save_tiny(tmp_path / "bundle", items=tiny_items(29))
 
 
@@ -211,7 +211,7 @@ def test_code_that_a_bundle_names_is_not_run(bundle: Bundle, tmp_path: Path, mon
 def test_code_that_is_trusted_runs(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "own_model.py").write_text(
         "from typing import Literal\n"
-        "from seqray.models.sasrec import SASRec\nfrom seqray.sections import SASRecConfig\n"
+        "from seqray.models.sasrec import SASRec\nfrom seqray.model_sections import SASRecConfig\n"
         "class OwnConfig(SASRecConfig):\n    type: Literal['own_model:Own'] = 'own_model:Own'\n"
         "class Own(SASRec):\n    Config = OwnConfig\n"
     )

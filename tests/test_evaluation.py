@@ -1,4 +1,4 @@
-"""Evaluation and baselines against a slow, plain ranking; the training samples; bits that do not depend on workers."""
+"""Evaluation and baselines against a slow, plain ranking; bits that do not depend on workers."""
 
 import math
 from collections import Counter
@@ -14,7 +14,6 @@ from seqray.config import Config
 from seqray.evaluation import Part, evaluate, evaluate_baselines, model_scorer
 from seqray.models.protocol import build_model
 from seqray.program_config import EvaluateConfig
-from seqray.samples import TrainingSamples
 from seqray.sequences import SequenceStore
 from train.prepare import ensure_store
 
@@ -81,7 +80,7 @@ def test_windowed_popularity_counts_the_window_alone(store: SequenceStore) -> No
 
 def test_metrics_are_the_same_bits_for_any_number_of_workers(config: Config, store: SequenceStore) -> None:
     torch.manual_seed(0)
-    scorer = model_scorer(build_model(config.model, store.num_items).eval(), torch.device("cpu"))
+    scorer = model_scorer(build_model(config.model, store.catalogue).eval(), torch.device("cpu"))
     settings = EvaluateConfig(k=(5, 10), batch_size=7)
     queries = store.queries("test")
     alone = evaluate(scorer, queries, settings, store.num_items)
@@ -93,32 +92,3 @@ def test_metrics_are_the_same_bits_for_any_number_of_workers(config: Config, sto
     together = evaluate(scorer, queries.slice(0, 0), settings, store.num_items, Part(0, 1, lambda _: next(summed)))
     assert together == alone
     assert alone["coverage@10"] > 0
-
-
-def test_every_window_is_trained_once_an_epoch_whatever_the_workers(store: SequenceStore) -> None:
-    samples = TrainingSamples(store, max_length=4, windows="all", seed=3)
-    order = samples.order(epoch=5)
-    assert sorted(order.tolist()) == list(range(len(samples)))
-    assert not np.array_equal(order, samples.order(epoch=6))
-    transitions = Counter((a, b) for h in histories(store) for a, b in pairwise(h[:-2]))
-    for world in (1, 3):
-        seen: Counter[tuple[int, int]] = Counter()
-        for step in range(samples.steps(7)):
-            places: list[int] = []
-            for rank in range(world):
-                part = samples.step(order, step, 7, rank, world)
-                batch = part.batch
-                assert batch.targets_T is not None and batch.token_T is not None
-                if part.weight:
-                    seen.update(zip(batch.items_T.tolist(), batch.targets_T.tolist(), strict=True))
-                    places += batch.token_T.tolist()
-            assert sorted(places) == list(range(part.global_tokens))
-        assert seen == transitions
-
-
-def test_the_last_window_holds_the_newest_events(store: SequenceStore) -> None:
-    samples = TrainingSamples(store, max_length=4, windows="last", seed=0)
-    part = samples.step(np.arange(len(samples)), 0, 1, 0, 1).batch
-    assert part.targets_T is not None
-    assert part.items_T.tolist() == histories(store)[0][:-2][-5:-1]
-    assert part.targets_T.tolist() == histories(store)[0][:-2][-4:]

@@ -4,10 +4,12 @@ import pytest
 import torch
 from broken_models import LooksAhead, MixesTheBatch
 
+from seqray.catalogue import Catalogue
 from seqray.conformance import check_causality, check_learns_cycle, check_model, check_packing
 from seqray.errors import ConfigError
+from seqray.model_sections import SASRecConfig
 from seqray.models.protocol import build_model
-from seqray.sections import Component, SASRecConfig
+from seqray.sections import Component
 
 SASREC = SASRecConfig(hidden_dim=16, num_blocks=1, num_heads=2, dropout=0.1, max_length=8)
 
@@ -34,13 +36,13 @@ def test_the_suite_notices_a_model_that_does_not_learn() -> None:
 
 def test_a_class_without_the_form_is_refused() -> None:
     with pytest.raises(ConfigError, match="item_weights"):
-        build_model(Component(type="broken_models:NoModel"), 5)
+        build_model(Component(type="broken_models:NoModel"), Catalogue(5))
 
 
 def test_padding_has_no_gradient() -> None:
     from seqray.sequences import Batch
 
-    model = build_model(SASREC, 5)
+    model = build_model(SASREC, Catalogue(5))
     model.encode(Batch(torch.tensor([1, 2, 0]), torch.tensor([2, 1])))[:, 0].sum().backward()
     gradient = model.item_weights().grad
     assert gradient is not None

@@ -1,5 +1,7 @@
 """History in, top-k out."""
 
+import time
+
 import pytest
 import torch
 from conftest import NUM_ITEMS
@@ -102,6 +104,84 @@ def test_an_answer_does_not_depend_on_its_batch(recommender: Recommender, monkey
         assert [item.score for item in one.items] == pytest.approx([item.score for item in other.items], abs=1e-5)
         assert (one.unknown_items, one.fallback_used) == (other.unknown_items, other.fallback_used)
     assert [len(one.items) for one in alone] == [3, 7, NUM_ITEMS - 19, 1, NUM_ITEMS - 3]
+
+
+NOON = 1_750_000_000.0
+DAY = 86_400.0
+
+
+def scores(recommender: Recommender, *queries: Query) -> list[dict[str, float]]:
+    """item_id -> score of the answer to each query."""
+    return [{item.item_id: item.score for item in answer.items} for answer in recommender.recommend(queries)]
+
+
+def told(*events: str | None, times: tuple[float | None, ...] = (), now: float | None = NOON + 9 * DAY) -> Query:
+    return Query(("i1", "x", "i2", "i3"), NUM_ITEMS, (), False, events=events, timestamps=times, now=now)
+
+
+def test_events_and_times_reach_the_model_in_line_with_the_known_items(featured_bundle: Bundle) -> None:
+    times = tuple(NOON + day * DAY for day in (0, 1, 2, 5))
+    microseconds = [round(1e6 * time) for time in (times[0], times[2], times[3], NOON + 9 * DAY)]
+    batch = Batch(
+        torch.tensor([1, 2, 3]), torch.tensor([3]), None,
+        torch.tensor(microseconds[:-1]), torch.tensor(microseconds[1:]), torch.tensor([1, 0, 2]),
+    )  # fmt: skip
+    model = featured_bundle.model()
+    with torch.no_grad():
+        expected = (model.item_weights() @ model.encode(batch)[-1])[1:]
+    query = told("view", "buy", "never heard of", "buy", times=times)
+    [answer] = scores(Recommender(featured_bundle), query)
+    assert [answer[f"i{index}"] for index in range(1, NUM_ITEMS + 1)] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_each_feature_moves_the_scores(featured_bundle: Bundle) -> None:
+    times = (NOON, NOON, NOON + DAY, NOON + 2 * DAY)
+    plain, typed, timed, later, half = scores(
+        Recommender(featured_bundle),
+        told(),
+        told("view", "view", "view", "buy"),
+        told(times=times),
+        told(times=times, now=NOON + 100 * DAY),
+        told(times=(*times[:-1], None)),
+    )
+    answers = [plain, typed, timed, later]
+    assert all(one != pytest.approx(other, abs=1e-3) for i, one in enumerate(answers) for other in answers[:i])
+    assert half == pytest.approx(plain, abs=1e-5)  # a time is missing, so none counts
+
+
+def test_what_a_query_does_not_tell_adds_nothing_whatever_the_batch(featured_bundle: Bundle) -> None:
+    recommender = Recommender(featured_bundle)
+    full = told("view", None, "buy", "view", times=(NOON,) * 4)
+    queries = [told(), full, told(times=(NOON,) * 4), told(None, None, None, "sell")]
+    together = scores(recommender, *queries)
+    for query, one in zip(queries, together, strict=True):
+        assert one == pytest.approx(scores(recommender, query)[0], abs=1e-5)
+    assert together[3] == pytest.approx(together[0], abs=1e-5)
+
+
+def test_times_that_go_back_or_make_no_sense_are_no_failure(featured_bundle: Bundle) -> None:
+    recommender = Recommender(featured_bundle)
+    same, back = (told(times=times, now=NOON) for times in ((NOON,) * 4, (NOON + DAY, NOON, NOON, NOON)))
+    assert scores(recommender, same)[0] == pytest.approx(scores(recommender, back)[0], abs=1e-5)
+    for odd in (1e15, -1e15, float("nan"), float("inf")):
+        [answer] = scores(recommender, told(times=(NOON, odd, -odd, odd)))
+        assert len(answer) == NUM_ITEMS
+
+
+def test_the_present_is_the_time_of_a_query_that_has_none(featured_bundle: Bundle) -> None:
+    recommender, present = Recommender(featured_bundle), time.time()
+    times = tuple(present - days * DAY for days in (9, 8, 7, 3))
+    unsaid, said, earlier = scores(
+        recommender, told(times=times, now=None), told(times=times, now=present), told(times=times, now=present - DAY)
+    )
+    assert unsaid == pytest.approx(said, abs=1e-5)
+    assert unsaid != pytest.approx(earlier, abs=1e-3)
+
+
+@pytest.mark.parametrize("values", [{"events": ("view",)}, {"timestamps": (1.0, 2.0, 3.0)}])
+def test_events_and_timestamps_are_parallel_to_the_history(values: dict) -> None:
+    with pytest.raises(ValueError, match="for 2 events"):
+        Query(("i1", "i2"), **values)
 
 
 def test_no_queries_no_answers(recommender: Recommender) -> None:

@@ -127,6 +127,42 @@ def test_timestamps_that_go_back_are_warned_of(client: TestClient) -> None:
     assert client.post("/v1/recommend", json={"history": history[::-1]}).json()["warnings"] == []
 
 
+def test_milliseconds_are_warned_of(client: TestClient) -> None:
+    history = [{"item_id": "i1", "timestamp": 1700000000000}]
+    assert "not milliseconds" in client.post("/v1/recommend", json={"history": history}).json()["warnings"][0]
+
+
+@pytest.mark.parametrize("kind", [None, "view", "buy", "never heard of"])
+def test_events_and_timestamps_are_ranked_as_offline(featured_bundle: Bundle, kind: str | None) -> None:
+    recommender = Recommender(featured_bundle)
+    service = Service(recommender, "featured", 4)
+    service.warm_up()
+    now = time.time()
+    times = [now - 40 * 86_400, now - 9 * 86_400, now - 3 * 86_400]
+    history = [{"item_id": f"i{n}", "event": kind, "timestamp": moment} for n, moment in enumerate(times, start=1)]
+    with TestClient(build_application(service)) as client:
+        for sent, query in [
+            (history, Query(("i1", "i2", "i3"), 9, events=(kind,) * 3, timestamps=tuple(times))),
+            ([*history[:2], "i3"], Query(("i1", "i2", "i3"), 9, events=(kind, kind, None))),
+            (["i1", "i2", "i3"], Query(("i1", "i2", "i3"), 9)),
+        ]:
+            body = client.post("/v1/recommend", json={"history": sent, "k": 9}).json()
+            [expected] = recommender.recommend([query])
+            assert [(item["item_id"], item["score"]) for item in body["items"]] == [
+                (item.item_id, pytest.approx(item.score, abs=1e-5)) for item in expected.items
+            ]
+            assert body["warnings"] == []
+
+
+@pytest.mark.parametrize("moment", [9e14, -9e14, 1e-300, 253402300800])
+def test_a_strange_time_is_no_failure(featured_bundle: Bundle, moment: float) -> None:
+    service = Service(Recommender(featured_bundle), "featured", 4)
+    service.warm_up()
+    history = [{"item_id": "i1", "timestamp": moment}, {"item_id": "i2", "timestamp": -moment}]
+    with TestClient(build_application(service)) as client:
+        assert client.post("/v1/recommend", json={"history": history}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("request_body", "expected"),
     [

@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 from shop_log import shop_config
 
 from seqray.bundle import Bundle
+from seqray.catalogue import Catalogue
 from seqray.config import Config
 from seqray.errors import BundleError, ConfigError, DataError, ModelError
+from seqray.evaluation import model_scorer
 from seqray.models.protocol import build_model
+from seqray.recommender import Query, Recommender
 from seqray.vocabulary import ItemVocabulary
 from train.evaluate import evaluate_rows
 from train.fit import Trial, fit
@@ -241,7 +244,7 @@ def test_init_from_matches_items_by_id_and_names_the_parent(tmp_path: Path) -> N
     parent = fit(shop_config(tmp_path, data={"drop_items": ["100", "107"]}, name="parent"))
     config = shop_config(tmp_path, name="child").override({"train.init_from": str(parent.folder)})
     store = ensure_store(config)
-    model = build_model(config.model, store.num_items)
+    model = build_model(config.model, store.catalogue)
     before = model.item_weights().detach().clone()
     assert start_from_bundle(model, parent.folder, (), store.vocabulary) == 18
     for row in range(1, store.num_items + 1):
@@ -252,7 +255,7 @@ def test_init_from_matches_items_by_id_and_names_the_parent(tmp_path: Path) -> N
     child = fit(config)
     assert child.manifest["parent"] == parent.manifest["run_id"]
     wider = config.override({"name": "wider", "model.hidden_dim": 32})
-    with pytest.raises(BundleError, match="item_embedding"):
+    with pytest.raises(BundleError, match=r"items\.embedding"):
         fit(wider)
 
 
@@ -284,11 +287,86 @@ def test_output_on_a_uri_is_refused(tmp_path: Path) -> None:
 def test_warm_start_does_not_take_positions_for_items(tmp_path: Path) -> None:
     sizes = {"max_length": 21}  # as many positions as items and padding
     parent = fit(shop_config(tmp_path, name="parent", model=sizes, train={"epochs": 1}))
-    model = build_model(parent.config.model, 20)
+    model = build_model(parent.config.model, Catalogue(20))
     reversed_ids = ItemVocabulary(parent.items.column("item_id").to_pylist()[::-1])
     assert start_from_bundle(model, parent.folder, (), reversed_ids) == 20
     assert torch.equal(model.state_dict()["position_embedding.weight"], parent.state["position_embedding.weight"])
-    assert torch.equal(model.item_weights()[1], parent.state["item_embedding.weight"][20])
+    assert torch.equal(model.item_weights()[1], parent.state["items.embedding.weight"][20])
+
+
+KINDS = {"103": ["round", "red"], "104": ["flat"], "105": ["new"], "106": None}
+
+
+def featured(folder: Path, name: str, kinds: dict[str, list[str] | None], types: list[str]) -> Config:
+    """A shop with event types and an item table, whose items are round unless `kinds` says something else."""
+    config = shop_config(folder)
+    log = pq.read_table(config.data.path)
+    events = ["view" if number % 3 else "buy" for number in range(log.num_rows)]
+    pq.write_table(log.append_column("what", [events]), folder / "typed.parquet")
+    ids = [str(number) for number in range(100, 120)]
+    rows = pa.table({"item_id": ids, "kinds": [kinds.get(item_id, ["round"]) for item_id in ids]})
+    pq.write_table(rows, folder / f"{name}.parquet")
+    return shop_config(
+        folder, name=name, train={"epochs": 1},
+        data={
+            "path": str(folder / "typed.parquet"), "columns": {"event": "what"}, "event_types": types,
+            "items": {"path": str(folder / f"{name}.parquet")},
+        },
+        model={"event_type": True, "time_gap": True, "separate_output": True, "item_columns": [{"column": "kinds"}]},
+    )  # fmt: skip
+
+
+def test_warm_start_matches_categories_and_event_types_by_their_text(tmp_path: Path) -> None:
+    parent = fit(featured(tmp_path, "parent", KINDS, ["view", "buy"]))
+    config = featured(tmp_path, "child", {**KINDS, "105": ["blue"]}, ["sell", "buy", "view"])
+    store = ensure_store(config)
+    model = build_model(config.model, store.catalogue)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert start_from_bundle(model, parent.folder, (), store.vocabulary) == 20
+    state, old = model.state_dict(), parent.state
+    kinds, events = state["items.columns.0.weight"], state["events.event.weight"]
+    # Rows: blue flat red round, after flat new red round; sell buy view, after view buy.
+    assert torch.equal(kinds[2:], old["items.columns.0.weight"][[1, 3, 4]])
+    assert torch.equal(kinds[1], before["items.columns.0.weight"][1])
+    assert torch.equal(events[2:], old["events.event.weight"][[2, 1]])
+    assert torch.equal(events[1], before["events.event.weight"][1])
+    for name in ("items.embedding.weight", "items.output.weight", "events.gap.weight", "position_embedding.weight"):
+        assert torch.equal(state[name], old[name])
+
+
+def test_a_column_that_the_item_table_lacks_is_told_before_training(tmp_path: Path) -> None:
+    config = featured(tmp_path, "shop", KINDS, ["view", "buy"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.override({"model.item_columns": [{"column": "kind"}]}).yaml())
+    command = [sys.executable, "-m", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model.item_columns: no column 'kind' in the item table")
+    assert "kinds" in done.stderr
+    assert fit(config).metrics["epochs"] == 1
+
+
+def test_offline_answers_are_those_that_were_evaluated(tmp_path: Path) -> None:
+    """Log, store, training, bundle and query agree on event types and times, to the last score."""
+    config = featured(tmp_path, "shop", KINDS, ["view", "buy"])
+    bundle, store = fit(config), ensure_store(config)
+    test = store.queries("test")
+    expected = model_scorer(bundle.model(), torch.device("cpu"))(test)
+    names = [None, *config.data.event_types]
+    assert store.event_types is not None
+    queries = []
+    for begin, cut in zip(test.begin, test.cut, strict=True):
+        history = tuple(store.vocabulary.item_id(item) for item in store.items[begin:cut])
+        times = tuple(float(time) / 1e6 for time in store.timestamps[begin:cut])
+        events = tuple(names[kind] for kind in store.event_types[begin:cut])
+        queries.append(
+            Query(history, 20, (), False, events=events, timestamps=times, now=float(store.timestamps[cut]) / 1e6)
+        )
+    for answer, scores in zip(Recommender(bundle).recommend(queries), expected, strict=True):
+        found = torch.zeros(21)
+        for item in answer.items:
+            found[store.vocabulary.index(item.item_id)] = item.score
+        torch.testing.assert_close(found[1:], scores[1:], atol=1e-5, rtol=1e-5)
 
 
 def test_a_result_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:

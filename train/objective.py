@@ -6,29 +6,28 @@ import torch
 from torch import Tensor, nn
 
 from seqray.losses import Loss
-from seqray.models.protocol import SequentialModel
-from seqray.negatives import Negatives
+from seqray.models.protocol import SequentialModel, predict
+from seqray.negatives import Popularity, step_negatives
 from seqray.samples import Step
 
 
 class Objective(nn.Module):
-    """Step -> the loss summed over this worker's tokens, under bf16 autocast where that was asked for."""
+    """Step -> the loss summed over this worker's targets, under bf16 autocast where that was asked for."""
 
     def __init__(
-        self, model: SequentialModel, loss: Loss, num_items: int, precision: Literal["auto", "bf16", "fp32"]
-    ) -> None:
+        self, model: SequentialModel, loss: Loss, num_items: int, precision: Literal["auto", "bf16", "fp32"],
+        popularity: Popularity | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self._loss, self._num_items, self._precision = model, loss, num_items, precision
+        self._popularity = popularity
 
     def forward(self, step: Step, key: tuple[int, int, int]) -> Tensor:
         """key: (seed, epoch, step), from which the negatives are drawn."""
-        batch = step.batch
-        assert batch.targets_T is not None and batch.token_T is not None
-        negatives = Negatives(key, self._num_items, batch.token_T, step.global_tokens)
-        device = batch.items_T.device.type
+        negatives = step_negatives(key, self._num_items, step, self._popularity)
+        device = step.batch.items_T.device.type
         with torch.autocast(device, torch.bfloat16, enabled=uses_bf16(self._precision, device)):
-            hidden_TD = self.model.encode(batch)
-            return self._loss(hidden_TD, batch.targets_T, self.model.item_weights(), negatives)
+            return self._loss(predict(self.model, step.batch), step.targets, negatives)
 
 
 def uses_bf16(precision: Literal["auto", "bf16", "fp32"], device: str) -> bool:

@@ -10,10 +10,9 @@ from seqray.program_config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Adam when weight_decay is 0), fused."""
-    return torch.optim.AdamW(
-        model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    """AdamW (Adam when weight_decay is 0), fused, over the weights that are not frozen."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(weights, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(

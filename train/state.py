@@ -30,6 +30,8 @@ class Progress:
     """Optimizer steps of the run."""
     loss_sum: float = 0.0
     """At a checkpoint: the loss summed over the tokens of the epoch so far and over all workers."""
+    targets: int = 0
+    """Targets of the epoch so far, over all workers: what loss_sum is divided by."""
     best_value: float = float("-inf")
     """Best value of the monitored metric."""
     best_epoch: int = -1
@@ -91,7 +93,7 @@ class TrainState:
         here = _shapes(self.model.state_dict())
         if _shapes(model) != here or (best and _shapes(best) != here):
             raise BundleError(f"{checkpoint}: its weights are not of this model")
-        slots = _optimizer_slots(optimizer, len(list(self.model.parameters())), checkpoint)
+        slots = _optimizer_slots(optimizer, sum(len(g["params"]) for g in self.optimizer.param_groups), checkpoint)
         best_value = numbers.pop("best_value")
         progress = Progress(**numbers, best_value=float("-inf") if best_value is None else best_value)
         self.model.load_state_dict(model)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from seqray.config import Config
-from seqray.errors import SeqrayError
+from seqray.errors import ConfigError, SeqrayError
 from seqray.evaluation import Part, evaluate, model_scorer, with_split
+from seqray.models.protocol import SequentialModel, is_causal
+from seqray.negatives import step_negatives
 from seqray.samples import Step, TrainingSamples
 from seqray.sequences import SequenceStore, Split
 from train.baseline_rows import Rows, baseline_rows
@@ -35,12 +37,14 @@ class Trainer:
         self._config, self._store, self._state, self._objective = config, store, state, objective
         self._part, self._narrator, self._run_folder, self._attempt = part, narrator, run_folder, attempt
         self._device = next(state.model.parameters()).device
-        self._samples = TrainingSamples(store, state.model.max_length, config.train.windows, config.seed)
+        self._samples = training_samples(config, store, state.model)
         self._steps = self._samples.steps(config.train.batch_size)
         # A checkpoint holds the loss of all workers; the first one takes it over.
         loss = 0.0 if part.rank else state.progress.loss_sum
         self._loss_sum = torch.tensor(loss, dtype=torch.float64, device=self._device)
         self._epoch_loss = math.nan
+        # With the validation targets among the training events a validation says nothing.
+        self._chooses = config.train.until == "validation"
         self._baselines: dict[Split, Rows] = {}
         if not len(self._samples):
             raise TrainingError(f"{store.folder}: no user has two training events, so there is nothing to learn")
@@ -54,7 +58,7 @@ class Trainer:
         while not progress.done:
             self._train_epoch()
             last = progress.epoch == self._config.train.epochs
-            if last or progress.epoch % self._config.train.evaluate_every == 0:
+            if last or (self._chooses and progress.epoch % self._config.train.evaluate_every == 0):
                 metrics = self._validate()
                 progress.done = last or progress.bad_validations >= self._config.train.patience
                 if progress.done:
@@ -83,29 +87,38 @@ class Trainer:
         while progress.step < self._steps:
             started = time.perf_counter()
             step = self._samples.step(order, progress.step, batch_size, self._part.rank, self._part.world)
-            self._optimize(step)
+            self._optimize(self._viewed(step))
             progress.step += 1
             progress.global_step += 1
             progress.seconds += time.perf_counter() - started
             self._narrator.step(progress, step, self._learning_rate())
             if progress.global_step % self._config.train.checkpoint_steps == 0:
                 self._save_checkpoint()
-        self._epoch_loss = float(self._global_loss()) / self._samples.tokens
+        self._epoch_loss = float(self._global_loss()) / progress.targets
         self._loss_sum.zero_()
+        progress.targets = 0
         progress.epoch, progress.step = progress.epoch + 1, 0
         if not math.isfinite(self._epoch_loss):
             raise TrainingError(
                 f"train/loss is {self._epoch_loss} in epoch {progress.epoch}: try a lower train.learning_rate"
             )
 
+    def _viewed(self, step: Step) -> Step:
+        """What the model is really trained on: the next events, or its own view of them."""
+        view = getattr(self._state.model, "training_view", None)
+        return step if view is None else view(step, step_negatives(self._key, self._store.num_items, step))
+
+    @property
+    def _key(self) -> tuple[int, int, int]:
+        return (self._config.seed, self._state.progress.epoch, self._state.progress.step)
+
     def _optimize(self, step: Step) -> None:
         train, progress = self._config.train, self._state.progress
-        key = (self._config.seed, progress.epoch, progress.step)
-        torch.manual_seed(hash((*key, self._part.rank)))
-        on_device = Step(step.batch.to(self._device), step.weight, step.global_tokens)
-        loss = self._objective(on_device, key) * step.weight
-        # DDP takes the mean of the gradients over workers; the loss is the sum over all tokens of the step.
-        (loss * (self._part.world / step.global_tokens)).backward()
+        torch.manual_seed(hash((*self._key, self._part.rank)))
+        loss = self._objective(step.to(self._device), self._key) * step.weight
+        progress.targets += step.global_targets
+        # DDP takes the mean of the gradients over workers; the loss is the sum over all targets of the step.
+        (loss * (self._part.world / step.global_targets)).backward()
         if train.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._state.model.parameters(), train.clip_norm)
         for group in self._state.optimizer.param_groups:
@@ -162,3 +175,20 @@ class Trainer:
         check_attempt(self._run_folder, self._attempt)
         path = self._state.save(self._run_folder / "checkpoints", self._config.train.keep_checkpoints)
         self._narrator.checkpoint(path)
+
+
+def training_samples(config: Config, store: SequenceStore, model: SequentialModel) -> TrainingSamples:
+    """The samples that `config.train` asks for; ConfigError when the model cannot be trained on them."""
+    train = config.train
+    target = train.target or config.data.split.target
+    has_view = hasattr(model, "training_view")
+    whole = not is_causal(model) and not has_view
+    if whole and train.samples == "rows":
+        raise ConfigError(f"train.samples: model.type {config.model.type} is not causal, so it learns from prefixes")
+    if has_view and (train.samples == "prefixes" or target == "next_basket"):
+        raise ConfigError(f"train: model.type {config.model.type} learns from samples: rows and target: next_item")
+    return TrainingSamples(
+        store, model.max_length, config.seed, windows=train.windows,
+        prefixes=whole or train.samples == "prefixes", target=target,
+        weigh=train.weigh, half_life_days=train.half_life_days, until=train.until,
+    )  # fmt: skip

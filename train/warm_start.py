@@ -7,6 +7,7 @@ from torch import Tensor
 
 from seqray.bundle import Bundle
 from seqray.errors import BundleError
+from seqray.models.items import ItemTable, NamedTable
 from seqray.models.protocol import Module
 from seqray.vocabulary import ItemVocabulary
 
@@ -14,23 +15,49 @@ from seqray.vocabulary import ItemVocabulary
 def start_from_bundle(model: Module, folder: Path, trusted: tuple[str, ...], vocabulary: ItemVocabulary) -> int:
     """Copies the bundle's weights into `model` and gives back how many items it knew.
 
-    Rows of the item weights are matched by item_id; an item that the bundle does not know keeps its first weights.
-    BundleError when a tensor is missing or of another size, or the bundle names code that is not `trusted`.
+    Rows of what holds a row for each item are matched by item_id, those of categories and event types by their text;
+    a row that the bundle does not know keeps its first weights. BundleError when a tensor is missing or of another
+    size, or the bundle names code that is not `trusted`.
     """
     bundle = Bundle.load(folder, trusted)
-    pairs = [(row, bundle.vocabulary.index(vocabulary.item_id(row))) for row in range(1, len(vocabulary) + 1)]
-    known = torch.tensor([(0, 0), *((row, old) for row, old in pairs if old)])
-    item_weights = model.item_weights().data_ptr()
+    old_rows = row_names(bundle.model(), bundle.vocabulary)
+    new_rows = row_names(model, vocabulary)
     for name, tensor in model.state_dict().items():
-        given = bundle.state.get(name)
-        rows = tensor.data_ptr() == item_weights
-        if given is None or given.shape[int(rows) :] != tensor.shape[int(rows) :]:
+        given, names = bundle.state.get(name), new_rows.get(name)
+        matched = names is not None and name in old_rows
+        if given is None or given.shape[int(matched) :] != tensor.shape[int(matched) :]:
             raise BundleError(f"{folder}: {name} is {_shape(given)}, the model of this config needs {_shape(tensor)}")
-        if rows:
-            tensor[known[:, 0]] = given[known[:, 1]].to(tensor)
-        else:
+        if names is None or not matched:
             tensor.copy_(given)
-    return len(known) - 1
+        else:
+            rows, old = _matches(names, old_rows[name])
+            tensor[rows] = given[old].to(tensor)
+    return sum(bundle.vocabulary.index(vocabulary.item_id(row)) > 0 for row in range(1, len(vocabulary) + 1))
+
+
+def row_names(model: Module, vocabulary: ItemVocabulary) -> dict[str, list[str]]:
+    """What the rows of a tensor of the state stand for from row 1 on, for each tensor that has a row for a name.
+
+    Items: every ItemTable, and a parameter that `item_weights()` gives back as it is. Categories and event types:
+    every NamedTable.
+    """
+    items = [str(vocabulary.item_id(row)) for row in range(1, len(vocabulary) + 1)]
+    item_weights = model.item_weights().data_ptr()
+    found = {name: items for name, tensor in model.state_dict().items() if tensor.data_ptr() == item_weights}
+    for name, module in model.named_modules():
+        if isinstance(module, ItemTable):
+            found[f"{name}.weight"] = items
+        elif isinstance(module, NamedTable):
+            found[f"{name}.weight"] = list(module.names)
+    return found
+
+
+def _matches(names: list[str], old_names: list[str]) -> tuple[Tensor, Tensor]:
+    """(row, row in the bundle) of every name that both have, and of row 0."""
+    old_row = {name: row for row, name in enumerate(old_names, start=1)}
+    pairs = [(row, old_row[name]) for row, name in enumerate(names, start=1) if name in old_row]
+    rows, old = torch.tensor([(0, 0), *pairs]).T
+    return rows, old
 
 
 def _shape(tensor: Tensor | None) -> str:

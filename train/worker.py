@@ -16,7 +16,9 @@ from seqray.config import Config
 from seqray.errors import DataError, SeqrayError
 from seqray.evaluation import Part
 from seqray.losses import build_loss
+from seqray.memory import keep_freed_memory
 from seqray.models.protocol import build_model
+from seqray.negatives import Popularity
 from seqray.sequences import SequenceStore
 from seqray.tracking import Tracker
 from train.job import LOG_FILE, Job
@@ -66,13 +68,15 @@ def work(job: Job, place: Place, report: Report) -> None:
     with all_or_none(job, place):
         store = store_of(job)
         torch.manual_seed(config.seed)
-        model = build_model(config.model, store.num_items).to(place.device)
+        model = build_model(config.model, store.catalogue).to(place.device)
         state = TrainState(model, build_optimizer(model, config.train))
         checkpoint, passed_over = state.load_newest(Path(job.run_folder) / "checkpoints")
         known = None
         if checkpoint is None and job.init_from:
             known = start_from_bundle(model, Path(job.init_from), config.component_types, store.vocabulary)
-    objective: nn.Module = Objective(model, build_loss(config.loss), store.num_items, config.train.precision)
+    objective: nn.Module = Objective(
+        model, build_loss(config.loss), store.num_items, config.train.precision, Popularity.of(store.catalogue)
+    )
     if place.world > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     narrator = _narrator(job, config, place)
@@ -95,6 +99,7 @@ def work(job: Job, place: Place, report: Report) -> None:
 
 def settle(place: Place, threads: int) -> None:
     """Binds the process to its GPU, or to its share of the CPU cores; in the command's own process it takes all."""
+    keep_freed_memory()
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     elif place.world > 1:
@@ -127,8 +132,11 @@ def store_of(job: Job) -> SequenceStore:
 
 
 def save_bundle(job: Job, config: Config, store: SequenceStore, state: TrainState, metrics: Mapping[str, Any]) -> None:
-    """Writes the bundle unless a former attempt already did."""
+    """Writes the bundle unless a former attempt already did; a model may say how it is built where it is served."""
     if not Path(job.bundle).exists():
+        served_config = getattr(state.model, "served_config", None)
+        if served_config is not None:
+            config = config.model_copy(update={"model": served_config()})
         Bundle.save(
             job.bundle, config=config, state=state.best, items=store.items_table, metrics=metrics,
             data_fingerprint=job.content, run_id=job.run_id, curve=state.progress.history, parent=job.parent,

@@ -1,9 +1,14 @@
-"""What losses, evaluation and serving know of a model, whoever wrote it."""
+"""What losses, evaluation and serving know of a model, whoever wrote it.
 
+Shapes: T packed events, P asked events, B sequences, D hidden, V items + padding, M pairs (asked event, item).
+"""
+
+from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
+from seqray.catalogue import Catalogue
 from seqray.component import component_class
 from seqray.errors import ConfigError
 from seqray.sections import Component
@@ -12,17 +17,24 @@ from seqray.sequences import Batch
 
 @runtime_checkable
 class SequentialModel(Protocol):
-    """Scores are `hidden @ weights.T`: a hidden state for each event, a weight vector for each item.
+    """Scores are `hidden @ weights.T`: a hidden state for each asked event, a weight vector for each item.
 
-    A model is an `nn.Module` built as `Model(config, num_items)`, single-device code, with its section as `Config`
-    and `max_length` events of history that it can see.
+    A model is an `nn.Module` built as `Model(config, catalogue)`, single-device code, with its section as `Config`
+    and `max_length` events of history that it can see. Three things are optional:
+
+    - `causal = False`: it reads whole sequences, so only the newest event of each can be asked for.
+    - `training_view(step, draws) -> Step`: it is trained on something else than the next events (BERT4Rec's masks).
+    - `history_scores(batch, hidden_PD) -> HistoryScores`: it adds to the scores of items of the history.
     """
 
     Config: type[Component]
     max_length: int
 
     def encode(self, batch: Batch) -> Tensor:
-        """hidden_TD of the real events of packed sequences, none longer than max_length; causal."""
+        """hidden_PD after the asked events (`batch.asked`) of packed sequences, none longer than max_length.
+
+        In a causal model what comes after an event has no part in its hidden state.
+        """
         ...
 
     def item_weights(self) -> Tensor:
@@ -34,9 +46,50 @@ class Module(nn.Module, SequentialModel):
     """For annotations: an nn.Module with the form of a SequentialModel."""
 
 
-def build_model(config: Component, num_items: int) -> Module:
+@dataclass(frozen=True)
+class HistoryScores:
+    """Scores that are added for items of the history: each pair (row, item) once, rows ascending.
+
+    rows_M: asked event; items_M: item_index, ascending within a row; values_M: float32, what is added.
+    """
+
+    rows_M: Tensor
+    items_M: Tensor
+    values_M: Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Scores of all items after each asked event, not yet multiplied out."""
+
+    hidden_PD: Tensor
+    weights_VD: Tensor
+    added: HistoryScores | None = None
+
+    def scores(self) -> Tensor:
+        """scores_PV in float32, a new tensor."""
+        scores_PV = self.hidden_PD.float() @ self.weights_VD.float().T
+        if self.added is not None:
+            scores_PV.index_put_((self.added.rows_M, self.added.items_M), self.added.values_M.float(), accumulate=True)
+        return scores_PV
+
+
+def predict(model: SequentialModel, batch: Batch, weights_VD: Tensor | None = None) -> Prediction:
+    """What `model` says after the asked events; `weights_VD` are its item weights where they are at hand."""
+    hidden_PD = model.encode(batch)
+    history_scores = getattr(model, "history_scores", None)
+    added = history_scores(batch, hidden_PD) if history_scores else None
+    return Prediction(hidden_PD, model.item_weights() if weights_VD is None else weights_VD, added)
+
+
+def is_causal(model: SequentialModel) -> bool:
+    """Whether every event of a sequence can be asked for."""
+    return bool(getattr(model, "causal", True))
+
+
+def build_model(config: Component, catalogue: Catalogue) -> Module:
     """The model that `config.type` names; ConfigError when its class lacks the form."""
-    model: Any = component_class("model", config.type)(config, num_items)
+    model: Any = component_class("model", config.type)(config, catalogue)
     if not (isinstance(model, nn.Module) and isinstance(model, SequentialModel)):
         raise ConfigError(
             f"model.type: {config.type!r} is not an nn.Module with Config, max_length, encode, item_weights"

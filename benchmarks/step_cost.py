@@ -1,0 +1,152 @@
+"""Where a training step's time goes, and how far it is from the floor: its FLOPs over the measured matmul rate.
+
+    python benchmarks/step_cost.py CONFIG [path=value ...] [--steps 40] [--ops 12]
+
+The store is prepared when it is not there. Prints a table of stages, the dearest operators with --ops, and the floor.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from seqray.config import Config, load_config  # noqa: E402
+from seqray.losses import build_loss  # noqa: E402
+from seqray.models.protocol import build_model, predict  # noqa: E402
+from seqray.negatives import step_negatives  # noqa: E402
+from seqray.samples import Step  # noqa: E402
+from train.fit import local_device  # noqa: E402
+from train.objective import uses_bf16  # noqa: E402
+from train.optimizer import build_optimizer  # noqa: E402
+from train.prepare import ensure_store  # noqa: E402
+from train.trainer import training_samples  # noqa: E402
+from train.worker import Place, settle  # noqa: E402
+
+STAGES = ("gather", "encode", "loss and its slopes", "backward", "clip and optimizer")
+
+
+class Bench:
+    """One model, its samples and a clock that is read after each stage."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = local_device(config.train.device)
+        settle(Place(0, 1, self.device), config.train.cpus_per_worker)
+        self.store = ensure_store(config)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model, self.store.catalogue).to(self.device).train()
+        self.samples = training_samples(config, self.store, self.model)
+        self.loss = build_loss(config.loss)
+        self.optimizer = build_optimizer(self.model, config.train)
+        self.order = self.samples.order(0)
+        self.bf16 = uses_bf16(config.train.precision, self.device.type)
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return self.samples.steps(self.config.train.batch_size)
+
+    def step(self, number: int) -> tuple[list[float], Step]:
+        """Seconds of each of STAGES, as train/trainer.py goes through them."""
+        times = [self._now()]
+        step = self.samples.step(self.order, number % self.steps, self.config.train.batch_size, 0, 1).to(self.device)
+        times.append(self._now())
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            prediction = predict(self.model, step.batch)
+            times.append(self._now())
+            negatives = step_negatives((0, 0, number), self.store.num_items, step)
+            loss = self.loss(prediction, step.targets, negatives)
+        times.append(self._now())
+        torch.autograd.backward(loss / step.global_targets)
+        times.append(self._now())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm or 1e9)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        times.append(self._now())
+        return [after - before for before, after in pairwise(times)], step
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="path=value")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--ops", type=int, default=0, help="print so many operators of the profile")
+    arguments = parser.parse_args()
+    bench = Bench(load_config(arguments.config, tuple(arguments.overrides)))
+    for number in range(5):
+        bench.step(number)
+    with FlopCounterMode(display=False) as counter:
+        _, counted = bench.step(5)
+    flops = counter.get_total_flops() / len(counted.batch.items_T)
+    found = [bench.step(number) for number in range(6, 6 + arguments.steps)]
+    rate = matmul_rate(bench.device, torch.bfloat16 if bench.bf16 else torch.float32)
+    show(bench, [times for times, _ in found], [len(step.batch.items_T) for _, step in found], flops, rate)
+    if arguments.ops:
+        show_operators(bench, arguments.ops)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product, the best of several."""
+    size = 4096 if device.type == "cuda" else 2048
+    left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    return 2 * size**3 / min(_seconds(lambda: torch.mm(left, right, out=out), device) for _ in range(8))
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def show(bench: Bench, times: list[list[float]], tokens: list[int], flops_a_token: float, rate: float) -> None:
+    """The stages and the floor."""
+    table = Table("stage", "ms", "share")
+    medians = [statistics.median(column) * 1e3 for column in zip(*times, strict=True)]
+    whole = statistics.median(sum(row) for row in times) * 1e3
+    for stage, milliseconds in zip(STAGES, medians, strict=True):
+        table.add_row(stage, f"{milliseconds:.1f}", f"{milliseconds / whole:.0%}")
+    table.add_row("step", f"{whole:.1f}", "", style="bold")
+    Console(width=110).print(table)
+    read = statistics.median(tokens)
+    floor = flops_a_token * read / rate * 1e3
+    epoch = whole * bench.steps / 1e3
+    print(
+        f"{read:,.0f} events a step, {bench.steps} steps ({epoch:.1f} s) an epoch, {read / whole * 1e3:,.0f} events/s\n"
+        f"floor: {flops_a_token * read / 1e9:.1f} GFLOP a step at {rate / 1e9:,.0f} GFLOP/s "
+        f"({'bf16' if bench.bf16 else 'fp32'}) = {floor:.1f} ms; the step takes {whole / floor:.1f} times that"
+    )
+
+
+def show_operators(bench: Bench, rows: int) -> None:
+    """The profile of five steps by operator."""
+    with torch.profiler.profile() as profile:
+        for number in range(5):
+            bench.step(number)
+    by = "self_cuda_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=40))
+
+
+if __name__ == "__main__":
+    main()
