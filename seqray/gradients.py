@@ -8,7 +8,7 @@ from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
 CPU_ELEMENTS, ACCELERATOR_ELEMENTS = 2**22, 2**28
-PRODUCT_ELEMENTS = 2**19
+PRODUCT_ELEMENTS = 2**22
 
 
 class Gradients:
@@ -25,7 +25,7 @@ class Gradients:
         if slope_CV.dtype == self.weights_VD.dtype:
             self.weights_VD.addmm_(slope_CV.T, hidden_CD)
             return
-        # A CPU adds up a product of another type through a copy, so the product is made in parts that a cache holds.
+        # A CPU adds up a product of another type through a copy, so the product is made in parts.
         block = PRODUCT_ELEMENTS // hidden_CD.shape[1] + 1 if slope_CV.device.type == "cpu" else len(self.weights_VD)
         for start in range(0, len(self.weights_VD), block):
             part = slice(start, start + block)

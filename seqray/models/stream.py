@@ -10,15 +10,19 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from seqray.models.dropout import Dropout
+from seqray.sequences import IntArray
 
 CELLS, CELLS_IN_CACHE = 2**25, 2**18
 """Pairs of events in a tile: what keeps a device busy, and what stays in the cache of a CPU."""
+CELLS_A_TILE, CELLS_A_TILE_ON_CPU = 2**20, 2**13
+"""Pairs of padding that cost about as much as one more tile."""
 SLAB = 128
 """Queries at a time on a CPU: they meet no key that comes after all of them."""
 
@@ -89,10 +93,11 @@ class Stream:
     def __init__(self, lengths_B: Tensor, cells: int | None = None) -> None:
         on_cpu = lengths_B.device.type == "cpu"
         self._cells = cells or (CELLS_IN_CACHE if on_cpu else CELLS)
+        self._cells_a_tile = min(self._cells, CELLS_A_TILE_ON_CPU if on_cpu else CELLS_A_TILE)
         self._lengths_B, self._ends_B = lengths_B, lengths_B.cumsum(0)
         self._longest_first = lengths_B.argsort(descending=True, stable=True)
-        self._sorted: list[int] = lengths_B[self._longest_first].tolist()
-        self.T = sum(self._sorted)
+        self._sorted: IntArray = lengths_B[self._longest_first].cpu().numpy()
+        self.T = int(self._sorted.sum())
 
     @cached_property
     def age_T(self) -> Tensor:
@@ -118,14 +123,26 @@ class Stream:
         return list(self._tiles())
 
     def _tiles(self) -> Iterator[Tile]:
-        first = 0
-        while first < len(self._sorted):
-            longest = self._sorted[first]
-            stop = min(len(self._sorted), first + max(1, self._cells // longest**2))
+        for first, stop in self._parts(0, len(self._sorted)):
             rows = self._longest_first[first:stop]
             length_b = self._lengths_B[rows]
-            yield Tile(self._ends_B[rows] - length_b, length_b, longest, self._sorted[stop - 1] == longest)
-            first = stop
+            longest, shortest = int(self._sorted[first]), int(self._sorted[stop - 1])
+            yield Tile(self._ends_B[rows] - length_b, length_b, longest, longest == shortest)
+
+    def _parts(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The sequences first to stop in parts that are a tile each: cut where that saves the most padding."""
+        if first >= stop:
+            return
+        area = self._sorted[first:stop] ** 2
+        saved = (area[0] - area) * np.arange(stop - first, 0, -1)
+        cut = int(saved.argmax())
+        if saved[cut] <= self._cells_a_tile:
+            cut = max(1, self._cells // int(area[0]))
+        if cut >= stop - first:
+            yield first, stop
+        else:
+            yield from self._parts(first, first + cut)
+            yield from self._parts(first + cut, stop)
 
     def attend(self, qkv_TD3: Tensor, num_heads: int, dropout: Dropout) -> Tensor:
         """(T, 3D) -> (T, D): softmax(q k' / sqrt(d)) v over the events up to each (Vaswani et al. 2017, eq. 1)."""
