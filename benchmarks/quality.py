@@ -3,8 +3,8 @@
     python benchmarks/quality.py configs/amazon_beauty.yaml data.path=FILE [--seeds 3] [--variants FILE]
 
 Each seed is one `python -m train`; its result is kept under `<output>/quality` and not trained again, so a benchmark
-that was interrupted goes on. `--variants` names a YAML file of label -> overrides: one row for each instead of one recipe.
-The weights are chosen by validation, and the test targets are ranked once.
+that was interrupted goes on. `--variants` names a YAML file of label -> overrides, a row for each instead of one
+recipe. The weights are chosen by validation, and the test targets are ranked once.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from seqray.config import Config
 from seqray.evaluation import Part
 from seqray.losses import build_loss
 from seqray.models.protocol import Module, build_model
+from seqray.negatives import Popularity
 from seqray.samples import Step
 from seqray.sequences import SequenceStore
 from train import worker
@@ -74,7 +75,9 @@ def train(config: Config, store: SequenceStore, device: torch.device) -> None:
     torch.manual_seed(config.seed)
     model = build_model(config.model, store.catalogue).to(device)
     state = TrainState(model, build_optimizer(model, config.train))
-    objective = Objective(model, build_loss(config.loss), store.num_items, config.train.precision)
+    objective = Objective(
+        model, build_loss(config.loss), store.num_items, config.train.precision, Popularity.of(store.catalogue)
+    )
     narrator = AskedSteps(Stopwatch(device.type), facts_of(config, store, model), objective)
     Trainer(config, store, state, objective, Part(), narrator, Path(), attempt=1).train(lambda _: None)
 

@@ -23,11 +23,12 @@ sys.path.insert(0, str(ROOT))
 
 from seqray.config import Config, load_config  # noqa: E402
 from seqray.losses import build_loss  # noqa: E402
-from seqray.models.protocol import build_model, predict  # noqa: E402
-from seqray.negatives import step_negatives  # noqa: E402
+from seqray.models.protocol import build_model  # noqa: E402
+from seqray.models.stream import Stream  # noqa: E402
+from seqray.negatives import Popularity  # noqa: E402
 from seqray.samples import Step  # noqa: E402
 from train.fit import local_device  # noqa: E402
-from train.objective import uses_bf16  # noqa: E402
+from train.objective import Objective, uses_bf16  # noqa: E402
 from train.optimizer import build_optimizer  # noqa: E402
 from train.prepare import ensure_store  # noqa: E402
 from train.trainer import training_samples  # noqa: E402
@@ -47,7 +48,10 @@ class Bench:
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, self.store.catalogue).to(self.device).train()
         self.samples = training_samples(config, self.store, self.model)
-        self.loss = build_loss(config.loss)
+        self.objective = Objective(
+            self.model, build_loss(config.loss), self.store.num_items, config.train.precision,
+            Popularity.of(self.store.catalogue),
+        )  # fmt: skip
         self.optimizer = build_optimizer(self.model, config.train)
         self.order = self.samples.order(0)
         self.bf16 = uses_bf16(config.train.precision, self.device.type)
@@ -62,11 +66,9 @@ class Bench:
         times = [self._now()]
         step = self.samples.step(self.order, number % self.steps, self.config.train.batch_size, 0, 1).to(self.device)
         times.append(self._now())
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            prediction = predict(self.model, step.batch)
-            times.append(self._now())
-            negatives = step_negatives((0, 0, number), self.store.num_items, step)
-            loss = self.loss(prediction, step.targets, negatives)
+        prediction = self.objective.prediction(step.batch)
+        times.append(self._now())
+        loss = self.objective.loss(prediction, step, (0, 0, number))
         times.append(self._now())
         torch.autograd.backward(loss / step.global_targets)
         times.append(self._now())
@@ -98,7 +100,8 @@ def main() -> None:
     flops = counter.get_total_flops() / len(counted.batch.items_T)
     found = [bench.step(number) for number in range(6, 6 + arguments.steps)]
     rate = matmul_rate(bench.device, torch.bfloat16 if bench.bf16 else torch.float32)
-    show(bench, [times for times, _ in found], [len(step.batch.items_T) for _, step in found], flops, rate)
+    paddings = [(stream.padding, stream.T) for stream in (Stream(step.batch.lengths_B) for _, step in found)]
+    show(bench, [times for times, _ in found], paddings, flops, rate)
     if arguments.ops:
         show_operators(bench, arguments.ops)
 
@@ -120,7 +123,9 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def show(bench: Bench, times: list[list[float]], tokens: list[int], flops_a_token: float, rate: float) -> None:
+def show(
+    bench: Bench, times: list[list[float]], paddings: list[tuple[int, int]], flops_a_token: float, rate: float
+) -> None:
     """The stages and the floor."""
     table = Table("stage", "ms", "share")
     medians = [statistics.median(column) * 1e3 for column in zip(*times, strict=True)]
@@ -129,11 +134,13 @@ def show(bench: Bench, times: list[list[float]], tokens: list[int], flops_a_toke
         table.add_row(stage, f"{milliseconds:.1f}", f"{milliseconds / whole:.0%}")
     table.add_row("step", f"{whole:.1f}", "", style="bold")
     Console(width=110).print(table)
-    read = statistics.median(tokens)
+    read = statistics.median(events for _, events in paddings)
     floor = flops_a_token * read / rate * 1e3
     epoch = whole * bench.steps / 1e3
+    padding, events = (sum(column) for column in zip(*paddings, strict=True))
     print(
         f"{read:,.0f} events a step, {bench.steps} steps ({epoch:.1f} s) an epoch, {read / whole * 1e3:,.0f} events/s\n"
+        f"padding: none in products, norms and loss; {padding / (padding + events):.1%} of attention's tiles\n"
         f"floor: {flops_a_token * read / 1e9:.1f} GFLOP a step at {rate / 1e9:,.0f} GFLOP/s "
         f"({'bf16' if bench.bf16 else 'fp32'}) = {floor:.1f} ms; the step takes {whole / floor:.1f} times that"
     )

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from seqray.gradients import Gradients, minus_log, product_type
 from seqray.models.protocol import Prediction
 from seqray.samples import Targets
+
+ROWS = 64
 
 
 def full_cross_entropy(prediction: Prediction, targets: Targets, chunk: int) -> Tensor:
@@ -38,12 +41,23 @@ class Places(NamedTuple):
     added_items_M: Tensor | None
     chunk: int
 
-    def bounds(self, rows: Tensor | None, total: int) -> list[int]:
-        """Where each chunk begins among `rows`, and the end; without rows there is one for each asked event."""
-        starts = torch.arange(0, total + self.chunk, self.chunk).clamp(max=total)
-        if rows is None:
-            return cast(list[int], starts.tolist())
-        return cast(list[int], torch.searchsorted(rows.contiguous(), starts.to(rows.device)).tolist())
+
+def bounds(rows: Tensor | None, total: int, chunk: int) -> list[int]:
+    """Where each chunk begins among ascending `rows`, and the end; without rows there is one for each asked event."""
+    starts = torch.arange(0, total + chunk, chunk).clamp(max=total)
+    if rows is None:
+        return cast(list[int], starts.tolist())
+    return cast(list[int], torch.searchsorted(rows.contiguous(), starts.to(rows.device)).tolist())
+
+
+def _even(hidden: Tensor, chunk: int) -> tuple[int, Tensor]:
+    """(chunk, hidden) for bf16 on a CPU in multiples of ROWS, with rows of zeros at the end, whose slopes count nowhere.
+
+    There each new shape of a product costs more than the product, so that few shapes have to do.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16:
+        return chunk, hidden
+    return max(ROWS, chunk // ROWS * ROWS), F.pad(hidden, (0, 0, 0, -len(hidden) % ROWS))
 
 
 class _FullCrossEntropy(torch.autograd.Function):
@@ -65,15 +79,16 @@ def _over_chunks(
     hidden: Tensor, weights: Tensor, values_M: Tensor | None, places: Places, gradients: Gradients | None
 ) -> Tensor:
     P, V = len(hidden), len(weights)
+    chunk, hidden = _even(hidden, places.chunk)
     loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    targets, added = places.bounds(places.rows_S, P), places.bounds(places.added_rows_M, P)
+    targets, added = (bounds(rows, P, chunk) for rows in (places.rows_S, places.added_rows_M))
     # Buffers for all chunks: fresh memory for each would cost as much as the products. On a CPU softmax reads a row
     # before it writes it, so that one buffer serves.
-    logits_buffer = hidden.new_empty(min(places.chunk, P), V)
+    logits_buffer = hidden.new_empty(min(chunk, len(hidden)), V)
     slope_buffer = logits_buffer if hidden.device.type == "cpu" else torch.empty_like(logits_buffer)
-    for index, start in enumerate(range(0, P, places.chunk)):
-        part = slice(start, min(start + places.chunk, P))
-        hidden_CD = hidden[part]
+    for index, start in enumerate(range(0, P, chunk)):
+        part = slice(start, min(start + chunk, P))
+        hidden_CD = hidden[start : start + chunk]
         logits_CV, slope_CV = logits_buffer[: len(hidden_CD)], slope_buffer[: len(hidden_CD)]
         torch.mm(hidden_CD, weights.T, out=logits_CV)
         some, history = slice(*targets[index : index + 2]), slice(*added[index : index + 2])
@@ -85,7 +100,7 @@ def _over_chunks(
         weights_S = None if places.weights_S is None else places.weights_S[some]
         loss += _slope(logits_CV, slope_CV, places.items_S[some], rows_S, weights_S)
         if gradients is not None:
-            gradients.hidden[part] = slope_CV @ weights
+            gradients.hidden[part] = (slope_CV @ weights)[: part.stop - start]
             gradients.add_product(slope_CV, hidden_CD)
             if cells_M is not None and gradients.values_M is not None:
                 gradients.values_M[history] = slope_CV.view(-1)[cells_M].to(gradients.values_M.dtype)
@@ -100,7 +115,7 @@ def _slope(
     torch.softmax(logits_CV, 1, out=slope_CV)
     plain = rows_S is None and weights_S is None
     if rows_S is None:
-        rows_S = torch.arange(len(slope_CV), device=slope_CV.device)
+        rows_S = torch.arange(len(items_S), device=slope_CV.device)
     loss_S = minus_log(slope_CV[rows_S, items_S])
     weight_S = torch.ones_like(loss_S) if weights_S is None else weights_S.to(loss_S.dtype)
     if not plain:

@@ -19,7 +19,7 @@ class TrainConfig(Section):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and so threads, of one worker."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast where the hardware multiplies bf16."""
+    """auto: bf16 autocast where the hardware multiplies bf16 (on a CPU inside a narrow model not: it does not pay)."""
     init_from: str | None = None
     """Bundle whose weights a new run starts from; its items are matched by id, new ones start anew."""
     epochs: int = Field(20, ge=1)

@@ -213,6 +213,26 @@ class Batch:
         """The same batch with a prediction wanted after each sequence's newest event alone."""
         return replace(self, asked_P=self.last_token_B())
 
+    def rounded(self, multiple: int, longest: int) -> "Batch":
+        """The same questions in a batch whose number of events is a multiple: sequences of padding, none longer than
+        `longest`, stand at the end, and nothing is asked after them.
+        """
+        T = len(self.items_T)
+        more = -T % multiple
+        if not more:
+            return self
+        pieces = torch.arange(0, more, longest)
+        lengths = (more - pieces).clamp(max=longest).to(self.lengths_B)
+
+        def fill(part_T: Tensor | None, value: int) -> Tensor | None:
+            return None if part_T is None else torch.cat([part_T, part_T.new_full((more,), value)])
+
+        asked_P = torch.arange(T, device=self.items_T.device) if self.asked_P is None else self.asked_P
+        return Batch(
+            torch.cat([self.items_T, self.items_T.new_zeros(more)]), torch.cat([self.lengths_B, lengths]), asked_P,
+            fill(self.times_T, UNKNOWN_TIME), fill(self.next_times_T, UNKNOWN_TIME), fill(self.events_T, 0),
+        )  # fmt: skip
+
     def asked(self, hidden_TD: Tensor) -> Tensor:
         """hidden_PD: the rows after which a prediction is wanted."""
         return hidden_TD if self.asked_P is None else hidden_TD.index_select(0, self.asked_P)

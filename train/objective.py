@@ -6,9 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from seqray.losses import Loss
-from seqray.models.protocol import SequentialModel, predict
+from seqray.models.protocol import Prediction, SequentialModel, predict
 from seqray.negatives import Popularity, step_negatives
 from seqray.samples import Step
+from seqray.sequences import Batch
+
+ROWS = 64
+"""Multiple of the rows of bf16 products on a CPU."""
+WIDE = 128
+"""From this many hidden dimensions on, bf16 pays on a CPU inside the model too."""
 
 
 class Objective(nn.Module):
@@ -21,13 +27,28 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self._loss, self._num_items, self._precision = model, loss, num_items, precision
         self._popularity = popularity
+        self._bf16_pays = precision == "bf16" or model.item_weights().shape[1] >= WIDE
 
     def forward(self, step: Step, key: tuple[int, int, int]) -> Tensor:
         """key: (seed, epoch, step), from which the negatives are drawn."""
-        negatives = step_negatives(key, self._num_items, step, self._popularity)
+        return self.loss(self.prediction(step.batch), step, key)
+
+    def prediction(self, batch: Batch) -> Prediction:
+        """What the model says of the batch."""
+        device = batch.items_T.device.type
+        bf16 = uses_bf16(self._precision, device) and (device != "cpu" or self._bf16_pays)
+        if bf16 and device == "cpu":
+            # Each new shape of a bf16 product costs more than the product there, so that few shapes have to do.
+            batch = batch.rounded(ROWS, self.model.max_length)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            return predict(self.model, batch)
+
+    def loss(self, prediction: Prediction, step: Step, key: tuple[int, int, int]) -> Tensor:
+        """Summed over the targets of the step."""
         device = step.batch.items_T.device.type
+        negatives = step_negatives(key, self._num_items, step, self._popularity)
         with torch.autocast(device, torch.bfloat16, enabled=uses_bf16(self._precision, device)):
-            return self._loss(predict(self.model, step.batch), step.targets, negatives)
+            return self._loss(prediction, step.targets, negatives)
 
 
 def uses_bf16(precision: Literal["auto", "bf16", "fp32"], device: str) -> bool:

@@ -66,8 +66,9 @@ class BERT4Rec(nn.Module):
         place_S = _place_T(batch) + 1  # the target after an event stands right behind it
         place_P = place_S[masked_S]
         chosen = Targets(
-            targets.items_S[masked_S], None, (masked_G.cumsum(0) - 1).index_select(0, targets.places_S[masked_S])
-        )
+            targets.items_S[masked_S], None, (masked_G.cumsum(0) - 1).index_select(0, targets.places_S[masked_S]),
+            None if targets.weights_S is None else targets.weights_S[masked_S],
+        )  # fmt: skip
         return replace(
             step, batch=self._masked(_appended(batch, newest_B), place_P), targets=chosen,
             global_targets=max(1, int(masked_G.sum())),

@@ -54,7 +54,8 @@ class BSARec(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             hidden_TD = block(hidden_TD, places)
-        return self.items.question(cast(Block, last).newest(hidden_TD, places))
+        hidden_BD = cast(Block, last).newest(hidden_TD, places)
+        return self.items.question(hidden_BD.index_select(0, places.row_T[batch.asked_P]))
 
 
 def low_frequencies(length: int, count: int) -> Tensor:

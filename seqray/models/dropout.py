@@ -19,8 +19,14 @@ class Dropout(nn.Module):
             return values
         if values.device.type != "cpu":
             return F.dropout(values, self.rate)
+        return values * self.mask(values)
+
+    def mask(self, values: Tensor) -> Tensor:
+        """What training multiplies the values by: 0 for a share of `rate` of them, else 1 / (1 - rate)."""
+        if values.device.type != "cpu":
+            return F.dropout(torch.ones_like(values), self.rate)
         kept = _keep(values.numel(), self.rate).view(values.shape)
-        return values * kept.to(values.dtype).mul_(1 / (1 - self.rate))
+        return kept.to(values.dtype).mul_(1 / (1 - self.rate))
 
 
 def _keep(count: int, rate: float) -> Tensor:

@@ -132,16 +132,16 @@ class _Attention(torch.autograd.Function):
         ctx.saved, ctx.settings = [], settings
         dropping = settings.dropout.training and settings.dropout.rate > 0
         with torch.autocast(vqk_TD3.device.type, enabled=False):
-            biases = position_L.to(vqk_TD3.dtype), None if time_G is None else time_G.to(vqk_TD3.dtype)
+            biases = position_L, time_G
             rows = iter(settings.time_rows or ())
             for tile in settings.tiles:
-                v, q, k = tile.heads(vqk_TD3, 3, settings.num_heads)
+                v, q, k = tile.wide_heads(vqk_TD3, 3, settings.num_heads)
                 mixed = torch.empty_like(v)
                 for slab in tile.slabs:
                     scores = torch.bmm(q[:, slab.start : slab.stop], k[:, : slab.stop].mT)
                     _add_bias(scores, slab, *biases, next(rows, None))
                     weights = F.silu(scores).mul_(_share_SK(slab, scores))
-                    kept = settings.dropout(torch.ones_like(weights)) if dropping else None
+                    kept = settings.dropout.mask(weights) if dropping else None
                     weights = weights if kept is None else weights * kept
                     mixed[:, slab.start : slab.stop] = torch.bmm(weights, v[:, : slab.stop])
                     if ctx.needs_input_grad[0]:
@@ -158,8 +158,8 @@ class _Attention(torch.autograd.Function):
         slope_TD3, bias = torch.empty_like(vqk_TD3), BiasSlopes(position_L, time_G)
         rows, saved = iter(settings.time_rows or ()), iter(ctx.saved)
         for tile in settings.tiles:
-            v, q, k = tile.heads(vqk_TD3, 3, settings.num_heads)
-            slope = tile.slopes(slope_TD, settings.num_heads)
+            v, q, k = tile.wide_heads(vqk_TD3, 3, settings.num_heads)
+            slope = tile.slopes(slope_TD.to(q.dtype), settings.num_heads)
             dv, dq, dk = torch.zeros_like(v), torch.empty_like(q), torch.zeros_like(k)
             for slab in tile.slabs:
                 queries, keys = slice(slab.start, slab.stop), slice(0, slab.stop)

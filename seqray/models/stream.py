@@ -70,6 +70,14 @@ class Tile:
         heads = self.take(packed_TX).view(self.b, self.L, parts, num_heads, -1).permute(2, 0, 3, 1, 4)
         return heads.reshape(parts, self.b * num_heads, self.L, -1)
 
+    def wide_heads(self, packed_TX: Tensor, parts: int, num_heads: int) -> Tensor:
+        """`heads` in float32 on a CPU: tiles have many shapes, and there each new shape of a bf16 product costs more
+        than the product.
+        """
+        heads = self.heads(packed_TX, parts, num_heads)
+        on_cpu = heads.device.type == "cpu"
+        return heads.to(torch.promote_types(heads.dtype, torch.float32)) if on_cpu else heads
+
     def slopes(self, packed_TD: Tensor, num_heads: int) -> Tensor:
         """(T, D) -> (b * H, L, d) with zeros in the padding."""
         slopes = self.heads(packed_TD, 1, num_heads)[0]
@@ -79,7 +87,7 @@ class Tile:
 
     def put(self, into_TX: Tensor, *heads: Tensor) -> None:
         """Writes tensors (b * H, L, d), side by side and without padding, to their places in (T, X)."""
-        into_TX.index_copy_(0, self.real_place, torch.cat([self.real(part) for part in heads], 1))
+        into_TX.index_copy_(0, self.real_place, torch.cat([self.real(part) for part in heads], 1).to(into_TX.dtype))
 
     def real(self, heads: Tensor) -> Tensor:
         """(b * H, L, d) -> the rows (events of the tile, H * d) that are no padding."""
@@ -177,7 +185,7 @@ class _Attention(torch.autograd.Function):
                 for slab in tile.slabs:
                     scores = torch.bmm(q[:, slab.start : slab.stop], k[:, : slab.stop].mT)
                     weights = scores.masked_fill_(slab.later_SK(q.device), float("-inf")).softmax(2)
-                    kept = dropout(torch.ones_like(weights)) if dropping else None
+                    kept = dropout.mask(weights) if dropping else None
                     dropped = weights if kept is None else weights * kept
                     mixed[:, slab.start : slab.stop] = torch.bmm(dropped, v[:, : slab.stop])
                     if ctx.needs_input_grad[0]:
@@ -212,5 +220,5 @@ class _Attention(torch.autograd.Function):
 
 
 def _qkv(qkv_TD3: Tensor, tile: Tile, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = tile.heads(qkv_TD3, 3, num_heads)
+    q, k, v = tile.wide_heads(qkv_TD3, 3, num_heads)
     return q * q.shape[2] ** -0.5, k, v
