@@ -51,7 +51,7 @@ def bounds(rows: Tensor | None, total: int, chunk: int) -> list[int]:
 
 
 def _even(hidden: Tensor, chunk: int) -> tuple[int, Tensor]:
-    """(chunk, hidden) for bf16 on a CPU in multiples of ROWS, with rows of zeros at the end, whose slopes count nowhere.
+    """(chunk, hidden) for bf16 on a CPU in multiples of ROWS; the rows of zeros at the end count nowhere.
 
     There each new shape of a product costs more than the product, so that few shapes have to do.
     """

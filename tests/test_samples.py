@@ -141,3 +141,45 @@ def test_times_are_those_of_the_event_and_of_the_one_after(store: SequenceStore)
     assert batch.times_T is not None
     assert batch.next_times_T is not None
     assert list(zip(batch.times_T.tolist(), batch.next_times_T.tolist(), strict=True)) == wanted
+
+
+def weights(samples: TrainingSamples) -> dict[int, list[float]]:
+    """Place of the first target of a row in the store -> weights of the row's targets, over an epoch in one step."""
+    step = samples.step(np.arange(len(samples)), 0, len(samples), 0, 1)
+    found: dict[int, list[float]] = {}
+    assert step.targets.weights_S is not None
+    rows = np.arange(len(step.targets.items_S)) if step.targets.rows_S is None else step.targets.rows_S.numpy()
+    for row, weight in zip(rows.tolist(), step.targets.weights_S.tolist(), strict=True):
+        found.setdefault(row, []).append(weight)
+    return found
+
+
+def test_baskets_weigh_the_same_whatever_their_size(store: SequenceStore) -> None:
+    of_rows = weights(TrainingSamples(store, 100, 0, windows="all", target="next_basket", weigh="baskets"))
+    totals = [sum(row) for row in of_rows.values()]
+    assert len({len(row) for row in of_rows.values()}) > 1
+    assert totals == pytest.approx([totals[0]] * len(totals))
+    assert np.mean([weight for row in of_rows.values() for weight in row]) == pytest.approx(1)
+
+
+def test_a_target_weighs_half_as_much_as_one_a_half_life_younger(store: SequenceStore) -> None:
+    seconds_a_day = 86_400  # the times of this log are 0 to 7 seconds
+    samples = TrainingSamples(store, 100, 0, windows="all", half_life_days=2 / seconds_a_day)
+    step = samples.step(np.arange(len(samples)), 0, len(samples), 0, 1)
+    assert step.targets.weights_S is not None
+    assert step.batch.next_times_T is not None
+    for early in range(6):
+        old, young = (
+            step.targets.weights_S[step.batch.next_times_T == time * 1_000_000] for time in (early, early + 2)
+        )
+        if len(old) and len(young):
+            assert float(young[0] / old[0]) == pytest.approx(2, rel=1e-4)
+    assert float(step.targets.weights_S.mean()) == pytest.approx(1, rel=1e-4)
+
+
+def test_until_test_the_validation_target_is_trained_on(store: SequenceStore) -> None:
+    before, after = (TrainingSamples(store, 100, 0, until=until) for until in ("validation", "test"))
+    with_targets = int((store.train_end < np.diff(store.offsets)).sum())
+    alone = int(((store.train_end == 1) & (np.diff(store.offsets) == 3)).sum())
+    assert after.targets - before.targets == with_targets
+    assert len(after) - len(before) == alone

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqray.catalogue import Catalogue
+from seqray.errors import ConfigError
 from seqray.model_sections import BasketConfig
 from seqray.models.dropout import Dropout
 from seqray.models.items import EventEmbedding, ItemEmbedding, initialize, is_known
@@ -58,8 +59,11 @@ class BasketTransformer(nn.Module):
         hidden_KD = self.dropout(vectors_KD + self.position_embedding(age_K))
         for block in self.blocks:
             hidden_KD = block(hidden_KD, stream)
-        asked_K = basket_T if batch.asked_P is None else basket_T[batch.asked_P]
-        return self.items.question(self.norm(hidden_KD[asked_K]))
+        asked_P = torch.arange(len(basket_T), device=basket_T.device) if batch.asked_P is None else batch.asked_P
+        basket_P = basket_T[asked_P]
+        if not torch.equal(ends_K[basket_P], asked_P):  # its hidden state would know what comes after the event
+            raise ConfigError("model.type basket answers after whole baskets: train it with train.target: next_basket")
+        return self.items.question(self.norm(hidden_KD[basket_P]))
 
     def history_scores(self, batch: Batch, hidden_PD: Tensor) -> HistoryScores | None:
         """What the repeat head adds for items of the history."""
