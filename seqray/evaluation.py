@@ -15,7 +15,7 @@ from seqray.errors import ModelError
 from seqray.metrics import RankCounts, rank_metrics
 from seqray.models.protocol import SequentialModel, predict
 from seqray.program_config import EvaluateConfig
-from seqray.ranking import mask_scores, target_ranks, top_k
+from seqray.ranking import mask_scores, ranks_among, top_k
 from seqray.sequences import Queries, SequenceStore, Split
 
 Scorer = Callable[[Queries], Tensor]
@@ -50,12 +50,12 @@ def evaluate(
     for start in starts:
         some = queries.slice(start, start + config.batch_size)
         scores_BV = scorer(some)
-        no_numbers += int(not bool(scores_BV.isfinite().all()))
-        seen = some.seen() if config.exclude_seen else (query_P[:0], query_P[:0])
+        no_numbers += int(not bool(scores_BV.sum().isfinite()))  # one pass; a sum with a bad number in it is bad
+        seen = some.seen() if config.exclude_seen else (no_numbers[:0], no_numbers[:0])
         mask_scores(scores_BV, *(pair.to(scores_BV.device) for pair in seen))
-        targets = some.targets()
-        counts.add(target_ranks(scores_BV, *(t.to(scores_BV.device) for t in targets)), targets[0], len(some))
         best_BK = top_k(scores_BV, max(config.k))[0].cpu()
+        query_P, item_P = some.targets()
+        counts.add(ranks_among(best_BK, query_P, item_P), query_P, len(some))
         for row, k in enumerate(config.k):
             shown_KV[row, best_BK[:, :k].flatten()] = 1
     if int(part.sum_over_workers(no_numbers)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqray.metrics import RankCounts, rank_metrics
-from seqray.ranking import NEVER, UNRANKED, mask_scores, target_ranks, top_k
+from seqray.ranking import NEVER, UNRANKED, mask_scores, ranks_among, top_k
 
 
 def scores_with_ties() -> torch.Tensor:
@@ -27,12 +27,14 @@ def test_top_k_and_ranks_equal_a_plain_sort() -> None:
         assert items[row].tolist() == expected[:8]
         assert values[row].tolist() == [float(scores[row, i]) for i in expected[:8]]
         query = torch.full((len(expected),), row)
-        assert target_ranks(scores, query, torch.tensor(expected)).tolist() == list(range(len(expected)))
+        ranks = ranks_among(items, query, torch.tensor(expected)).tolist()
+        assert ranks == [*range(8), *[UNRANKED] * (len(expected) - 8)]
 
 
 def test_masked_targets_rank_last_and_missing_answers_are_padding() -> None:
     scores = scores_with_ties()
-    assert target_ranks(scores, torch.tensor([0, 3]), torch.tensor([5, 1])).tolist() == [UNRANKED, UNRANKED]
+    masked = ranks_among(top_k(scores, 30)[0], torch.tensor([0, 3]), torch.tensor([5, 1]))
+    assert masked.tolist() == [UNRANKED, UNRANKED]
     items, values = top_k(torch.tensor([[NEVER, 2.0, NEVER]]), 3)
     assert items.tolist() == [[1, 0, 0]]
     assert values.tolist() == [[2.0, NEVER, NEVER]]
@@ -67,9 +69,5 @@ def test_no_queries_are_zero_and_not_an_error() -> None:
 def test_a_masked_target_is_a_miss_even_when_k_is_above_the_catalogue() -> None:
     scores = mask_scores(torch.tensor([[0.0, 3.0, 2.0]]), torch.tensor([0]), torch.tensor([1]))
     counts = RankCounts.empty(20, 1)
-    counts.add(target_ranks(scores, torch.tensor([0]), torch.tensor([1])), torch.tensor([0]), 1)
+    counts.add(ranks_among(top_k(scores, 20)[0], torch.tensor([0]), torch.tensor([1])), torch.tensor([0]), 1)
     assert rank_metrics(counts, (20,))["hit_rate@20"] == 0.0
-
-
-def test_scores_that_are_no_numbers_rank_last() -> None:
-    assert target_ranks(torch.full((1, 4), math.nan), torch.tensor([0]), torch.tensor([2])).tolist() == [UNRANKED]
