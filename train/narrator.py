@@ -30,14 +30,17 @@ class Narrator:
 
     def start(self, job: Job, model: nn.Module, store: SequenceStore, device: str, world: int) -> None:
         """What is trained on what."""
-        counts = store.manifest["counts"]
+        counts, until = store.manifest["counts"], job.config["train"]["until"]
+        events = int(store.events_until(until).sum())
         precision = "bf16" if uses_bf16(job.config["train"]["precision"], device) else "fp32"
         self._say(
             f"run {job.run_id}: {job.config['model']['type']} with {job.config['loss']['type']}, "
             f"{sum(p.numel() for p in model.parameters()):,} parameters, {counts['users']:,} users, "
-            f"{counts['items']:,} items, {counts['train_events']:,} training events; "
+            f"{counts['items']:,} items, {events:,} training events; "
             f"{world} worker{'s'[: world > 1]} on {device}, {precision}"
         )
+        if until == "test":
+            self._say("train.until is test: validation targets are trained on, so val/ metrics say nothing")
 
     def origin(self, job: Job, checkpoint: Path | None, passed_over: Sequence[str], known: int | None) -> None:
         """From where it goes on; known: items that the bundle of train.init_from knew."""
