@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="path=value")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", type=Path)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def _result(arguments: argparse.Namespace, overrides: list[str], config: Config, seed: int) -> dict[str, Any]:

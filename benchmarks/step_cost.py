@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="path=value")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--ops", type=int, default=0, help="print so many operators of the profile")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     bench = Bench(load_config(arguments.config, tuple(arguments.overrides)))
     for number in range(5):
         bench.step(number)

@@ -26,6 +26,7 @@ from seqray.vocabulary import ItemVocabulary
 from train.evaluate import evaluate_rows
 from train.fit import Trial, fit
 from train.optimizer import learning_rate
+from train.prefetch import prefetched
 from train.prepare import ensure_store
 from train.runs import Run
 from train.trainer import TrainingError
@@ -378,3 +379,13 @@ def test_a_result_that_cannot_be_written_is_told_before_the_work(tmp_path: Path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --json: cannot write")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_prefetched_steps_come_in_order_and_with_their_errors(ahead: bool) -> None:
+    assert list(prefetched(str, range(3, 7), ahead)) == ["3", "4", "5", "6"]
+    assert list(prefetched(str, range(0), ahead)) == []
+    steps = prefetched(lambda number: 1 // (2 - number), range(5), ahead)
+    assert [next(steps), next(steps)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(steps)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from seqray.evaluation import Part, evaluate, model_scorer, with_split
 from seqray.models.protocol import SequentialModel, is_causal
 from seqray.negatives import step_negatives
 from seqray.samples import Step, TrainingSamples
-from seqray.sequences import SequenceStore, Split
+from seqray.sequences import IntArray, SequenceStore, Split
 from train.baseline_rows import Rows, baseline_rows
 from train.narrator import Narrator
 from train.optimizer import learning_rate
+from train.prefetch import prefetched
 from train.runs import check_attempt
 from train.state import TrainState
 
@@ -80,20 +82,20 @@ class Trainer:
         }  # fmt: skip
 
     def _train_epoch(self) -> None:
-        progress, batch_size = self._state.progress, self._config.train.batch_size
+        progress = self._state.progress
         self._objective.train()
-        order = self._samples.order(progress.epoch)
+        make = partial(self._step, progress.epoch, self._samples.order(progress.epoch))
         self._narrator.epoch(progress, self._steps, self._config.train.epochs)
-        while progress.step < self._steps:
-            started = time.perf_counter()
-            step = self._samples.step(order, progress.step, batch_size, self._part.rank, self._part.world)
-            self._optimize(self._viewed(step))
+        started = time.perf_counter()
+        for step in prefetched(make, range(progress.step, self._steps), ahead=self._device.type != "cpu"):
+            self._optimize(step)
             progress.step += 1
             progress.global_step += 1
             progress.seconds += time.perf_counter() - started
             self._narrator.step(progress, step, self._learning_rate())
             if progress.global_step % self._config.train.checkpoint_steps == 0:
                 self._save_checkpoint()
+            started = time.perf_counter()
         self._epoch_loss = float(self._global_loss()) / progress.targets
         self._loss_sum.zero_()
         progress.targets = 0
@@ -103,19 +105,19 @@ class Trainer:
                 f"train/loss is {self._epoch_loss} in epoch {progress.epoch}: try a lower train.learning_rate"
             )
 
-    def _viewed(self, step: Step) -> Step:
-        """What the model is really trained on: the next events, or its own view of them."""
+    def _step(self, epoch: int, order: IntArray, number: int) -> Step:
+        """What this worker trains on in a step: the next events, or the model's own view of them."""
+        step = self._samples.step(order, number, self._config.train.batch_size, self._part.rank, self._part.world)
         view = getattr(self._state.model, "training_view", None)
-        return step if view is None else view(step, step_negatives(self._key, self._store.num_items, step))
-
-    @property
-    def _key(self) -> tuple[int, int, int]:
-        return (self._config.seed, self._state.progress.epoch, self._state.progress.step)
+        if view is not None:
+            step = view(step, step_negatives((self._config.seed, epoch, number), self._store.num_items, step))
+        return step.to(self._device)
 
     def _optimize(self, step: Step) -> None:
         train, progress = self._config.train, self._state.progress
-        torch.manual_seed(hash((*self._key, self._part.rank)))
-        loss = self._objective(step.to(self._device), self._key) * step.weight
+        key = (self._config.seed, progress.epoch, progress.step)
+        torch.manual_seed(hash((*key, self._part.rank)))
+        loss = self._objective(step, key) * step.weight
         progress.targets += step.global_targets
         # DDP takes the mean of the gradients over workers; the loss is the sum over all targets of the step.
         (loss * (self._part.world / step.global_targets)).backward()
