@@ -17,9 +17,12 @@ from seqray.conformance import check_model, check_repeatable
 from seqray.errors import ConfigError
 from seqray.model_sections import CausalLMConfig
 from seqray.models.causal_lm import CausalLM
+from seqray.program_config import TrainConfig
 from seqray.recommender import Query, Recommender
 from seqray.sequences import Batch
 from train.fit import fit
+from train.optimizer import build_optimizer
+from train.state import TrainState
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
@@ -167,3 +170,19 @@ def test_a_config_needs_no_transformers(tmp_path: Path) -> None:
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+def test_a_run_with_frozen_weights_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    model = build(causal_lm(architecture=LLAMA, lora={"rank": 2})).train()
+    state = TrainState(model, build_optimizer(model, TrainConfig()))
+    batch = Batch(torch.tensor([1, 2, 3]), torch.tensor([3]))
+    model.encode(batch).sum().backward()
+    state.optimizer.step()
+    state.save(tmp_path, keep=1)
+    other = build(causal_lm(architecture=LLAMA, lora={"rank": 2}))
+    resumed = TrainState(other, build_optimizer(other, TrainConfig()))
+    checkpoint, passed_over = resumed.load_newest(tmp_path)
+    assert checkpoint is not None, passed_over
+    assert torch.equal(other.eval().encode(batch), model.eval().encode(batch))
+    steps = [slot["step"].item() for slot in resumed.optimizer.state_dict()["state"].values()]
+    assert steps == [1.0] * len(steps) and steps
