@@ -85,7 +85,8 @@ def endless_trainer(device: str, precision: str) -> Trainer:
     """Lightning without progress bar, summary, log, checkpoints and validation."""
     return Trainer(
         max_epochs=-1, accelerator={"cpu": "cpu", "cuda": "gpu"}[device], devices=1, logger=False,
-        precision={"fp32": "32-true", "bf16": "bf16-mixed"}[precision], callbacks=[AskedSteps(Stopwatch(device))],
+        precision={"fp32": "32-true", "bf16": "bf16-mixed", "auto": "32-true"}[precision],
+        callbacks=[AskedSteps(Stopwatch(device))],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
 

@@ -101,7 +101,7 @@ def side_parser(description: str | None) -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--dropout", type=float, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32")
     parser.add_argument("--loss", choices=("softmax", "bce", "gbce"), default="softmax")
     parser.add_argument("--num-negatives", type=int, default=1, help="for each position; not for softmax")
     parser.add_argument("--blocks", choices=("sasrec", "pre_norm"), default="sasrec", help="see rectools_steps.py")

@@ -171,7 +171,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=3, help="optimizer steps that do not count")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "auto"),
+        default="fp32",
+        help="of both sides; auto: of each its own default",
+    )
     parser.add_argument("--loss", choices=("softmax", "bce", "gbce"), default="softmax")
     parser.add_argument("--num-negatives", type=int, default=1, help="for each position; not for softmax")
     parser.add_argument("--blocks", choices=("sasrec", "pre_norm"), default="sasrec", help="see rectools_steps.py")
