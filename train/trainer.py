@@ -189,6 +189,8 @@ def training_samples(config: Config, store: SequenceStore, model: SequentialMode
         raise ConfigError(f"train.samples: model.type {config.model.type} is not causal, so it learns from prefixes")
     if has_view and (train.samples == "prefixes" or target == "next_basket"):
         raise ConfigError(f"train: model.type {config.model.type} learns from samples: rows and target: next_item")
+    if train.half_life_days is not None and not store.has_timestamps:
+        raise ConfigError("train.half_life_days: needs times in the log (data.columns.timestamp)")
     return TrainingSamples(
         store, model.max_length, config.seed, windows=train.windows,
         prefixes=whole or train.samples == "prefixes", target=target,
