@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def run_command(
             parser.add_argument(flag.name, action="store_true", help=flag.help)
     arguments = parser.parse_intermixed_args(argv)
     _find_modules_here()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end, by whatever means, a command ends in order
+    end_in_order_on_sigterm()
     # Threads that wait must not spin: on shared cores they would take the time that the working ones need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -61,6 +62,15 @@ def run_command(
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def end_in_order_on_sigterm() -> None:
+    """Told to end, by whatever means, a command ends in order: SIGTERM raises KeyboardInterrupt.
+
+    To be said again after ray.init, which puts its own handler there; only the main thread can.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def next_command(module: str, arguments: argparse.Namespace, *overrides: str) -> str:

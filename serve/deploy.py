@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seqray.command import end_in_order_on_sigterm
 from seqray.config import Config
 from seqray.errors import BundleError, ConfigError
 from serve.cluster import check_resources, connect
@@ -52,6 +53,7 @@ def start(config: Config) -> Deployment:
     bundle = Bundle.load(Path(config.serve.bundle).resolve(), trusted)
     is_local = connect(config)
     try:
+        end_in_order_on_sigterm()  # also while the replicas start
         check_resources(config)
         url = _run(config, bundle, trusted)
     except BaseException:
