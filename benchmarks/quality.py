@@ -66,8 +66,9 @@ def _result(arguments: argparse.Namespace, overrides: list[str], config: Config,
     path = Path(config.output) / "quality" / f"{config.name}-{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The seed decides the order of shuffled ties too, and a name has one unfinished run at a time.
-        own = [f"seed={seed}", f"name={config.name}-{key}", f"data.store={wanted.data.store}-{seed}"]
+        # A name has one unfinished run at a time; the seed makes another store only where it orders the ties.
+        store = f"{wanted.data.store}-{seed}" if wanted.data.tie_order == "shuffle" else wanted.data.store
+        own = [f"seed={seed}", f"name={config.name}-{key}", f"data.store={store}"]
         command = [sys.executable, "-m", "train", str(arguments.config.resolve()), *overrides, *own]
         subprocess.run([*command, "--json", str(path.resolve())], cwd=ROOT, check=True)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

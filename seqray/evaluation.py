@@ -45,13 +45,13 @@ def evaluate(
     most_targets = int(torch.bincount(query_P).max()) if len(query_P) else 1
     counts = RankCounts.empty(max(config.k), most_targets)
     shown_KV = torch.zeros(len(config.k), num_items + 1, dtype=torch.int64)
-    no_numbers = torch.zeros(1, dtype=torch.int64)
+    no_numbers, nothing = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     starts = range(0, len(queries), config.batch_size)[part.rank :: part.world]
     for start in starts:
         some = queries.slice(start, start + config.batch_size)
         scores_BV = scorer(some)
         no_numbers += int(not bool(scores_BV.sum().isfinite()))  # one pass; a sum with a bad number in it is bad
-        seen = some.seen() if config.exclude_seen else (no_numbers[:0], no_numbers[:0])
+        seen = some.seen() if config.exclude_seen else (nothing, nothing)
         mask_scores(scores_BV, *(pair.to(scores_BV.device) for pair in seen))
         best_BK = top_k(scores_BV, max(config.k))[0].cpu()
         query_P, item_P = some.targets()

@@ -52,6 +52,11 @@ class TransformerConfig(SequenceModelConfig):
     attention_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout on attention weights; as `dropout` when not given."""
 
+    @property
+    def attention_rate(self) -> float:
+        """The dropout rate of attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.hidden_dim % self.num_heads:
@@ -66,14 +71,19 @@ class FeedForwardConfig(TransformerConfig):
     """Width inside the feed-forward layer; 4 x hidden_dim when not given."""
 
 
-class SASRecConfig(FeedForwardConfig):
-    """Sizes of a SASRec transformer (Kang and McAuley 2018)."""
+class PositionsConfig(FeedForwardConfig):
+    """What SASRec and eSASRec share, which differ in their blocks alone."""
 
-    type: Literal["sasrec"] = "sasrec"
     positions_from: Literal["newest", "oldest"] = "newest"
     """Where positions count from. newest: as in most SASRecs. oldest: the hidden states of a row are those of its
     prefixes, so that training on rows asks the same questions as serving does.
     """
+
+
+class SASRecConfig(PositionsConfig):
+    """Sizes of a SASRec transformer (Kang and McAuley 2018)."""
+
+    type: Literal["sasrec"] = "sasrec"
 
 
 class BasketConfig(FeedForwardConfig):
@@ -137,7 +147,7 @@ class CausalLMConfig(SequenceModelConfig):
         return self
 
 
-class ESASRecConfig(FeedForwardConfig):
+class ESASRecConfig(PositionsConfig):
     """Sizes of an eSASRec transformer (Tikhonovich et al. 2025): LiGR blocks; train it with a sampled softmax."""
 
     type: Literal["esasrec"] = "esasrec"

@@ -227,11 +227,15 @@ class Batch:
         def fill(part_T: Tensor | None, value: int) -> Tensor | None:
             return None if part_T is None else torch.cat([part_T, part_T.new_full((more,), value)])
 
-        asked_P = torch.arange(T, device=self.items_T.device) if self.asked_P is None else self.asked_P
         return Batch(
-            torch.cat([self.items_T, self.items_T.new_zeros(more)]), torch.cat([self.lengths_B, lengths]), asked_P,
+            torch.cat([self.items_T, self.items_T.new_zeros(more)]), torch.cat([self.lengths_B, lengths]),
+            self.asked_places(),
             fill(self.times_T, UNKNOWN_TIME), fill(self.next_times_T, UNKNOWN_TIME), fill(self.events_T, 0),
         )  # fmt: skip
+
+    def asked_places(self) -> Tensor:
+        """asked_P, written out where it is every event."""
+        return torch.arange(len(self.items_T), device=self.items_T.device) if self.asked_P is None else self.asked_P
 
     def asked(self, hidden_TD: Tensor) -> Tensor:
         """hidden_PD: the rows after which a prediction is wanted."""

@@ -5,14 +5,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from seqray.full_softmax import ROWS
 from seqray.losses import Loss
 from seqray.models.protocol import Prediction, SequentialModel, predict
 from seqray.negatives import Popularity, step_negatives
 from seqray.samples import Step
 from seqray.sequences import Batch
 
-ROWS = 64
-"""Multiple of the rows of bf16 products on a CPU."""
 WIDE = 128
 """From this many hidden dimensions on, bf16 pays on a CPU inside the model too."""
 

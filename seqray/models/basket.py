@@ -59,7 +59,7 @@ class BasketTransformer(nn.Module):
         hidden_KD = self.dropout(vectors_KD + self.position_embedding(age_K))
         for block in self.blocks:
             hidden_KD = block(hidden_KD, stream)
-        asked_P = torch.arange(len(basket_T), device=basket_T.device) if batch.asked_P is None else batch.asked_P
+        asked_P = batch.asked_places()
         basket_P = basket_T[asked_P]
         if not torch.equal(ends_K[basket_P], asked_P):  # its hidden state would know what comes after the event
             raise ConfigError("model.type basket answers after whole baskets: train it with train.target: next_basket")

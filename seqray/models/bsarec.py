@@ -124,9 +124,7 @@ class Block(nn.Module):
         self.expand, self.contract = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
         self.filter_norm, self.attention_norm, self.feedforward_norm = (nn.LayerNorm(D, eps=1e-12) for _ in range(3))
         self.dropout = Dropout(config.dropout)
-        self.attention_dropout = Dropout(
-            config.dropout if config.attention_dropout is None else config.attention_dropout
-        )
+        self.attention_dropout = Dropout(config.attention_rate)
 
     def forward(self, hidden_TD: Tensor, places: Places) -> Tensor:
         """The block for all packed events."""

@@ -53,7 +53,7 @@ def asked_pairs(batch: Batch) -> Pairs:
     """All pairs of an asked event and an event of its sequence that is not after it."""
     T = len(batch.items_T)
     device = batch.items_T.device
-    asked_P = torch.arange(T, device=device) if batch.asked_P is None else batch.asked_P
+    asked_P = batch.asked_places()
     start_T = torch.repeat_interleave(batch.lengths_B.cumsum(0) - batch.lengths_B, batch.lengths_B, output_size=T)
     count_P = asked_P - start_T[asked_P] + 1
     row_A = torch.repeat_interleave(torch.arange(len(asked_P), device=device), count_P)
@@ -64,9 +64,8 @@ def asked_pairs(batch: Batch) -> Pairs:
 
 def repeat_facts(batch: Batch, pairs: Pairs, place_A: Tensor, row_M: Tensor, basket_T: Tensor) -> Tensor:
     """facts_MF in float32, each of the order of 1: counts, shares, and times since, in baskets and in days."""
-    P = len(batch.items_T) if batch.asked_P is None else len(batch.asked_P)
-    M = len(row_M)
-    asked_P = torch.arange(P, device=row_M.device) if batch.asked_P is None else batch.asked_P
+    asked_P = batch.asked_places()
+    P, M = len(asked_P), len(row_M)
     ago_A = (basket_T[asked_P][pairs.row_A] - basket_T[pairs.event_A]).float()
     baskets_P = _segment(ago_A, pairs.row_A, P, "amax") + 1
     count_M = torch.bincount(place_A, minlength=M).float()

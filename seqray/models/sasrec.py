@@ -10,29 +10,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqray.catalogue import Catalogue
-from seqray.model_sections import FeedForwardConfig, SASRecConfig
+from seqray.model_sections import FeedForwardConfig, PositionsConfig, SASRecConfig
 from seqray.models.dropout import Dropout
 from seqray.models.items import EventEmbedding, ItemEmbedding, initialize
 from seqray.models.stream import Stream
+from seqray.sections import Component
 from seqray.sequences import Batch
 
 
 class SASRec(nn.Module):
     """A causal transformer over packed events."""
 
-    Config = SASRecConfig
+    Config: type[Component] = SASRecConfig
 
-    def __init__(self, config: SASRecConfig, catalogue: Catalogue) -> None:
+    def __init__(self, config: PositionsConfig, catalogue: Catalogue) -> None:
         super().__init__()
         self.max_length = config.max_length
         self.items = ItemEmbedding(config, catalogue)
         self.events = EventEmbedding(config, catalogue)
         self.position_embedding = nn.Embedding(config.max_length, config.hidden_dim)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(config.hidden_dim)
         self._scale, self._from_newest = config.hidden_dim**0.5, config.positions_from == "newest"
         self.apply(initialize)
+
+    @staticmethod
+    def block(config: PositionsConfig) -> nn.Module:
+        """A new block of the transformer."""
+        return Block(config)
 
     def item_weights(self) -> Tensor:
         """The item embedding."""
@@ -60,9 +66,7 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.expand, self.contract = nn.Linear(D, inner), nn.Linear(inner, D)
         self.dropout = Dropout(config.dropout)
-        self.attention_dropout = Dropout(
-            config.dropout if config.attention_dropout is None else config.attention_dropout
-        )
+        self.attention_dropout = Dropout(config.attention_rate)
 
     def forward(self, hidden_TD: Tensor, stream: Stream) -> Tensor:
         """One block over packed events."""
