@@ -61,9 +61,9 @@ class TrainConfig(Section):
     patience: int = Field(5, ge=1)
     """Validations without a better `monitor` before training stops."""
     checkpoint_steps: int = Field(500, ge=1)
-    """Optimizer steps between checkpoints."""
+    """Optimizer steps between checkpoints; a validation that is the best so far writes one too."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, beside the best one."""
     max_failures: int = Field(3, ge=0)
     """Times Ray Train starts the workers again after one of them died."""
 

@@ -73,9 +73,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_last_bit(tmp_path: Path, dr
         fit(config, trial=Trial("t1", search, trial.on_validation))
     log = search / "trials" / "t1" / "train.log"
     resumed = fit(config, trial=Trial("t1", search))
-    # The last checkpoint before the cut lies within the second epoch: 4 steps an epoch, a checkpoint every 3.
     assert "goes on from checkpoint" in log.read_text()
-    assert "epoch 2 goes on at step 2/4" in log.read_text()
     assert_same(unbroken, resumed)
 
 

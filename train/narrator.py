@@ -42,12 +42,12 @@ class Narrator:
         if until == "test":
             self._say("train.until is test: validation targets are trained on, so val/ metrics say nothing")
 
-    def origin(self, job: Job, checkpoint: Path | None, passed_over: Sequence[str], known: int | None) -> None:
+    def origin(self, job: Job, checkpoint: str | None, passed_over: Sequence[str], known: int | None) -> None:
         """From where it goes on; known: items that the bundle of train.init_from knew."""
         for reason in passed_over:
             self._say(f"checkpoint passed over: {reason}")
         if checkpoint is not None:
-            self._say(f"goes on from checkpoint {checkpoint}")
+            self._say(f"goes on from checkpoint {checkpoint} in {job.run_folder}")
         elif job.attempt > 1:
             self._say("goes on from the beginning: the run has no checkpoint yet")
         if known is not None:
@@ -89,10 +89,9 @@ class Narrator:
         metrics = {key: value for key, value in row.items() if "/" in key}
         self._log({**metrics, "epoch": progress.epoch}, progress.global_step)
 
-    def checkpoint(self, path: Path) -> None:
-        """A checkpoint was written."""
-        if self._tracker is not None:
-            self._tracker.summary({"checkpoint": str(path)})
+    def tell(self, line: str) -> None:
+        """Something that happened beside the usual."""
+        self._say(line)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """The run's result, for W&B."""

@@ -1,18 +1,12 @@
-"""TrainState: all that a run needs to go on, and its checkpoints on disk. No pickle: safetensors and JSON."""
+"""TrainState: all that a run needs to go on, in memory. Copies of it become checkpoints (`train.checkpoints`)."""
 
-import json
-import os
-import shutil
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from seqray.errors import BundleError
-from seqray.manifest import verify_manifest, write_manifest
 from seqray.models.protocol import Module
 
 Tensors = dict[str, Tensor]
@@ -20,7 +14,9 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Progress:
-    """Where a run stands, as numbers."""
+    """Where a run stands, as numbers. With the seed they are also the position in the data, in the schedule and in
+    all random draws, which are functions of (seed, epoch, step, worker).
+    """
 
     epoch: int = 0
     """Epoch that is being trained, from 0."""
@@ -44,6 +40,33 @@ class Progress:
     done: bool = False
     """Training is over; only the final evaluation and the bundle are left."""
 
+    def plain(self) -> dict[str, Any]:
+        """The numbers as JSON types, which `of_plain` takes back; a copy."""
+        return asdict(self) | {"best_value": None if self.best_value == float("-inf") else self.best_value}
+
+    @classmethod
+    def of_plain(cls, numbers: dict[str, Any]) -> Self:
+        """The progress that `plain` gave."""
+        value = numbers["best_value"]
+        return cls(**{**numbers, "best_value": float("-inf") if value is None else value})
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state copied to CPU memory, where training no longer changes it."""
+
+    model: Tensors
+    optimizer: Tensors
+    """`<number of the weight>.<slot>`."""
+    best: Tensors
+    """Best weights so far; the very `model` when it is the best, empty before the first validation."""
+    progress: Progress
+
+    @property
+    def is_best(self) -> bool:
+        """Whether its weights are those of the best validation."""
+        return self.best is self.model
+
 
 @dataclass
 class TrainState:
@@ -56,74 +79,29 @@ class TrainState:
 
     def keep_best(self) -> None:
         """Copies the present weights as the best ones."""
-        self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        self.best = _copied(self.model.state_dict())
 
-    def save(self, folder: Path, keep: int) -> Path:
-        """Writes `folder/step_N` (`step_N_end` when training is over), complete before it gets its name.
+    def snapshot(self) -> Snapshot:
+        """The state as it is now; the best weights are not copied, since nothing changes them."""
+        progress = Progress.of_plain(self.progress.plain())
+        is_best = progress.step == 0 and progress.epoch == progress.best_epoch
+        model = self.best if is_best else _copied(self.model.state_dict())
+        return Snapshot(model, _copied(_optimizer_tensors(self.optimizer)), self.best, progress)
 
-        The newest `keep` stay; what a killed writer left behind goes.
-        """
-        target = folder / f"step_{self.progress.global_step:09d}{'_end' if self.progress.done else ''}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step_*"):
-            shutil.rmtree(left, ignore_errors=True)
-        temporary, replaced = folder / f".{target.name}.new", folder / f".{target.name}.old"
-        temporary.mkdir()
-        save_file(_contiguous(self.model.state_dict()), temporary / "model.safetensors")
-        save_file(_contiguous(_optimizer_tensors(self.optimizer)), temporary / "optimizer.safetensors")
-        save_file(_contiguous(self.best), temporary / "best.safetensors")
-        numbers = asdict(self.progress) | {"best_value": self._finite_best()}
-        (temporary / "progress.json").write_text(json.dumps(numbers), encoding="utf-8")
-        write_manifest(temporary, {}, sorted(path.name for path in temporary.iterdir()))
-        if target.exists():  # one that was passed over as damaged
-            os.replace(target, replaced)
-        os.replace(temporary, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for old in _checkpoints(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-        return target
-
-    def load(self, checkpoint: Path) -> None:
-        """Takes everything from a checkpoint, or nothing: BundleError when it is torn or does not fit."""
-        verify_manifest(checkpoint, BundleError)
-        numbers = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        model, best, optimizer = (
-            load_file(checkpoint / f"{name}.safetensors") for name in ("model", "best", "optimizer")
-        )
+    def restore(self, snapshot: Snapshot) -> None:
+        """Takes everything from a snapshot, or nothing: BundleError when it is of another model."""
         here = _shapes(self.model.state_dict())
-        if _shapes(model) != here or (best and _shapes(best) != here):
-            raise BundleError(f"{checkpoint}: its weights are not of this model")
-        slots = _optimizer_slots(optimizer, sum(len(g["params"]) for g in self.optimizer.param_groups), checkpoint)
-        best_value = numbers.pop("best_value")
-        progress = Progress(**numbers, best_value=float("-inf") if best_value is None else best_value)
-        self.model.load_state_dict(model)
+        if _shapes(snapshot.model) != here or (snapshot.best and _shapes(snapshot.best) != here):
+            raise BundleError("its weights are not of this model")
+        slots = _optimizer_slots(snapshot.optimizer, sum(len(g["params"]) for g in self.optimizer.param_groups))
+        self.model.load_state_dict(snapshot.model)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.best, self.progress = best, progress
-
-    def load_newest(self, folder: Path) -> tuple[Path | None, list[str]]:
-        """(checkpoint that was loaded, reasons why newer ones were passed over); None when there is none."""
-        reasons = []
-        for checkpoint in _checkpoints(folder):
-            try:
-                self.load(checkpoint)
-            except (BundleError, OSError, ValueError, TypeError, KeyError) as error:
-                reasons.append(f"{checkpoint.name}: {error}")
-            else:
-                return checkpoint, reasons
-        return None, reasons
-
-    def _finite_best(self) -> float | None:
-        return None if self.progress.best_value == float("-inf") else self.progress.best_value
+        self.best, self.progress = snapshot.best, snapshot.progress
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(folder.glob("step_*"), reverse=True)
-
-
-def _contiguous(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _copied(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
@@ -131,13 +109,13 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     return {f"{index}.{key}": torch.as_tensor(value) for index, slots in state.items() for key, value in slots.items()}
 
 
-def _optimizer_slots(tensors: Tensors, parameters: int, checkpoint: Path) -> dict[int, Tensors]:
+def _optimizer_slots(tensors: Tensors, parameters: int) -> dict[int, Tensors]:
     slots: dict[int, Tensors] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         slots.setdefault(int(index), {})[key] = tensor
     if slots and sorted(slots) != list(range(parameters)):
-        raise BundleError(f"{checkpoint}: its optimizer is not of this model")
+        raise BundleError("its optimizer is not of this model")
     return slots
 
 

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from seqray.negatives import step_negatives
 from seqray.samples import Step, TrainingSamples
 from seqray.sequences import IntArray, SequenceStore, Split
 from train.baseline_rows import Rows, baseline_rows
+from train.checkpoint_writer import CheckpointError, CheckpointWriter
 from train.narrator import Narrator
 from train.optimizer import learning_rate
 from train.prefetch import prefetched
-from train.runs import check_attempt
 from train.state import TrainState
 
 
@@ -34,10 +33,11 @@ class Trainer:
 
     def __init__(
         self, config: Config, store: SequenceStore, state: TrainState, objective: nn.Module, part: Part,
-        narrator: Narrator, run_folder: Path, attempt: int,
+        narrator: Narrator, writer: CheckpointWriter | None,
     ) -> None:  # fmt: skip
+        """writer: the first worker's, None on the others."""
         self._config, self._store, self._state, self._objective = config, store, state, objective
-        self._part, self._narrator, self._run_folder, self._attempt = part, narrator, run_folder, attempt
+        self._part, self._narrator, self._writer = part, narrator, writer
         self._device = next(state.model.parameters()).device
         self._samples = training_samples(config, store, state.model)
         self._steps = self._samples.steps(config.train.batch_size)
@@ -63,8 +63,10 @@ class Trainer:
             if last or (self._chooses and progress.epoch % self._config.train.evaluate_every == 0):
                 metrics = self._validate()
                 progress.done = last or progress.bad_validations >= self._config.train.patience
-                if progress.done:
+                if progress.done or progress.bad_validations == 0:
                     self._save_checkpoint()
+                if progress.done:
+                    self._finish_checkpoints()
                 report({**metrics, "training_over": float(progress.done)})
 
     def final_metrics(self) -> dict[str, Any]:
@@ -93,6 +95,8 @@ class Trainer:
             progress.global_step += 1
             progress.seconds += time.perf_counter() - started
             self._narrator.step(progress, step, self._learning_rate())
+            if self._writer is not None:
+                self._writer.poll()
             if progress.global_step % self._config.train.checkpoint_steps == 0:
                 self._save_checkpoint()
             started = time.perf_counter()
@@ -169,14 +173,26 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         """Written by the first worker; the others only add their part of the epoch's loss."""
         loss = self._global_loss()
-        if self._part.rank:
+        if self._writer is None:
             self._loss_sum.zero_()
             return
         self._loss_sum = loss.clone()
         self._state.progress.loss_sum = float(loss)
-        check_attempt(self._run_folder, self._attempt)
-        path = self._state.save(self._run_folder / "checkpoints", self._config.train.keep_checkpoints)
-        self._narrator.checkpoint(path)
+        self._writer.write(self._state.snapshot())
+
+    def _finish_checkpoints(self) -> None:
+        """The last one is on disk, or all workers end with the reason."""
+        problem: SeqrayError | None = None
+        try:
+            if self._writer is not None:
+                self._writer.finish()
+        except CheckpointError as error:
+            problem = error
+        failed = self._part.sum_over_workers(torch.tensor([int(problem is not None)]))
+        if problem is not None:
+            raise problem
+        if int(failed):
+            raise TrainingError("the first worker cannot write the last checkpoint")
 
 
 def training_samples(config: Config, store: SequenceStore, model: SequentialModel) -> TrainingSamples:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from seqray.bundle import Bundle
 from seqray.config import Config
-from seqray.errors import DataError, SeqrayError
+from seqray.errors import BundleError, ConfigError, DataError, SeqrayError
 from seqray.evaluation import Part
 from seqray.losses import build_loss
 from seqray.memory import keep_freed_memory
@@ -21,6 +22,8 @@ from seqray.models.protocol import build_model
 from seqray.negatives import Popularity
 from seqray.sequences import SequenceStore
 from seqray.tracking import Tracker
+from train.checkpoint_writer import CheckpointWriter
+from train.checkpoints import Checkpoints
 from train.job import LOG_FILE, Job
 from train.narrator import Narrator, write_line
 from train.objective import Objective
@@ -70,7 +73,8 @@ def work(job: Job, place: Place, report: Report) -> None:
         torch.manual_seed(config.seed)
         model = build_model(config.model, store.catalogue).to(place.device)
         state = TrainState(model, build_optimizer(model, config.train))
-        checkpoint, passed_over = state.load_newest(Path(job.run_folder) / "checkpoints")
+        checkpoints = Checkpoints.at(Path(job.run_folder) / "checkpoints", config.train.keep_checkpoints)
+        checkpoint, passed_over = go_on(state, checkpoints)
         known = None
         if checkpoint is None and job.init_from:
             known = start_from_bundle(model, Path(job.init_from), config.component_types, store.vocabulary)
@@ -80,11 +84,14 @@ def work(job: Job, place: Place, report: Report) -> None:
     if place.world > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     narrator = _narrator(job, config, place)
+    writer = None
+    if place.rank == 0:
+        writer = CheckpointWriter(checkpoints, partial(check_attempt, Path(job.run_folder), job.attempt), narrator.tell)
     try:
         narrator.start(job, model, store, place.device.type, place.world)
         narrator.origin(job, checkpoint, passed_over, known)
         part = Part(place.rank, place.world, sum_over_workers(place))
-        trainer = Trainer(config, store, state, objective, part, narrator, Path(job.run_folder), job.attempt)
+        trainer = Trainer(config, store, state, objective, part, narrator, writer)
         trainer.train(report)
         metrics = trainer.final_metrics()
         if place.rank == 0:
@@ -92,9 +99,27 @@ def work(job: Job, place: Place, report: Report) -> None:
             save_bundle(job, config, store, state, metrics)
             narrator.summary({**metrics, "bundle": job.bundle})
     except BaseException:
+        if writer is not None:
+            writer.close()
         narrator.finish(exit_code=1)
         raise
+    if writer is not None:
+        writer.close()
     narrator.finish(exit_code=0)
+
+
+def go_on(state: TrainState, checkpoints: Checkpoints) -> tuple[str | None, list[str]]:
+    """(name of the checkpoint that the state is taken from, reasons why newer ones were passed over).
+
+    ConfigError when the newest whole one is of another model.
+    """
+    snapshot, name, passed_over = checkpoints.newest()
+    if snapshot is not None:
+        try:
+            state.restore(snapshot)
+        except BundleError as error:
+            raise ConfigError(f"checkpoint {name}: {error}; put the change back, or start anew with --fresh") from error
+    return name, passed_over
 
 
 def settle(place: Place, threads: int) -> None:
