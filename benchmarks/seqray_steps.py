@@ -19,6 +19,7 @@ from train import worker
 from train.narrator import Narrator
 from train.objective import Objective
 from train.optimizer import build_optimizer
+from train.place import Place
 from train.prepare import ensure_store
 from train.state import Progress, TrainState
 from train.trainer import Trainer, training_samples
@@ -97,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settle(arguments.threads)
     device = torch.device(arguments.device)
-    worker.settle(worker.Place(0, 1, device), arguments.threads)
+    worker.settle(Place(0, 1, device), arguments.threads)
     config = config_of(arguments)
     train(config, ensure_store(config), device)
 

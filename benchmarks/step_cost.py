@@ -30,9 +30,10 @@ from seqray.samples import Step  # noqa: E402
 from train.fit import local_device  # noqa: E402
 from train.objective import Objective, uses_bf16  # noqa: E402
 from train.optimizer import build_optimizer  # noqa: E402
+from train.place import Place  # noqa: E402
 from train.prepare import ensure_store  # noqa: E402
 from train.trainer import training_samples  # noqa: E402
-from train.worker import Place, settle  # noqa: E402
+from train.worker import settle  # noqa: E402
 
 STAGES = ("gather", "encode", "loss and its slopes", "backward", "clip and optimizer")
 

@@ -26,6 +26,12 @@ class TrainConfig(Section):
     """Passes over the training sequences, at the most."""
     batch_size: int = Field(256, ge=1)
     """Sequences of one optimizer step, over all workers."""
+    accumulate_steps: int = Field(1, ge=1)
+    """Micro-batches that a worker's part of a step is cut into, one after the other: the same step with less memory.
+    Negatives that come from the batch (in_batch, mixed) come from a micro-batch.
+    """
+    activation_checkpointing: bool = False
+    """Keep of each block of the model its input alone, and compute the rest again in the backward pass."""
     windows: Literal["last", "all"] = "last"
     """Of a history longer than model.max_length: train on its newest window, or on all of them."""
     samples: Literal["auto", "rows", "prefixes"] = "auto"

@@ -55,7 +55,7 @@ def test_a_block_for_the_newest_events_is_the_block_for_all() -> None:
     block = Block(BSAREC).eval()
     places = Places(torch.tensor([3, 8, 1, 5]), low_frequencies(8, 5).float())
     hidden_TD = torch.randn(17, 16)
-    torch.testing.assert_close(block.newest(hidden_TD, places), block(hidden_TD, places)[places.last_B])
+    torch.testing.assert_close(block(hidden_TD, places, newest=True), block(hidden_TD, places)[places.last_B])
 
 
 KEY = (7, 0, 3)

@@ -15,9 +15,10 @@ from seqray.sequences import SequenceStore
 from seqray.tracking import resolve_mode
 from train.job import LOG_FILE, Job
 from train.narrator import echo_new_lines
+from train.place import Place
 from train.prepare import ensure_store, open_store
 from train.runs import Run, absolute, choose_run, output_folder
-from train.worker import Place, work
+from train.worker import work
 
 
 @dataclass(frozen=True)

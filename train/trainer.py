@@ -3,11 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from seqray.config import Config
 from seqray.errors import ConfigError, SeqrayError
@@ -86,15 +88,15 @@ class Trainer:
     def _train_epoch(self) -> None:
         progress = self._state.progress
         self._objective.train()
-        make = partial(self._step, progress.epoch, self._samples.order(progress.epoch))
+        make = partial(self._parts, progress.epoch, self._samples.order(progress.epoch))
         self._narrator.epoch(progress, self._steps, self._config.train.epochs)
         started = time.perf_counter()
-        for step in prefetched(make, range(progress.step, self._steps), ahead=self._device.type != "cpu"):
-            self._optimize(step)
+        for parts in prefetched(make, range(progress.step, self._steps), ahead=self._device.type != "cpu"):
+            self._optimize(parts)
             progress.step += 1
             progress.global_step += 1
             progress.seconds += time.perf_counter() - started
-            self._narrator.step(progress, step, self._learning_rate())
+            self._narrator.step(progress, parts[0], self._learning_rate())
             if self._writer is not None:
                 self._writer.poll()
             if progress.global_step % self._config.train.checkpoint_steps == 0:
@@ -109,29 +111,40 @@ class Trainer:
                 f"train/loss is {self._epoch_loss} in epoch {progress.epoch}: try a lower train.learning_rate"
             )
 
-    def _step(self, epoch: int, order: IntArray, number: int) -> Step:
-        """What this worker trains on in a step: the next events, or the model's own view of them."""
-        step = self._samples.step(order, number, self._config.train.batch_size, self._part.rank, self._part.world)
+    def _parts(self, epoch: int, order: IntArray, number: int) -> list[Step]:
+        """What this worker trains on in a step, in micro-batches."""
+        (rank, world), count = (self._part.rank, self._part.world), self._config.train.accumulate_steps
+        return [self._micro_batch(epoch, order, number, rank + world * part, world * count) for part in range(count)]
+
+    def _micro_batch(self, epoch: int, order: IntArray, number: int, part: int, parts: int) -> Step:
+        """A part of a step: the next events, or the model's own view of them."""
+        step = self._samples.step(order, number, self._config.train.batch_size, part, parts)
         view = getattr(self._state.model, "training_view", None)
         if view is not None:
             step = view(step, step_negatives((self._config.seed, epoch, number), self._store.num_items, step))
         return step.to(self._device)
 
-    def _optimize(self, step: Step) -> None:
+    def _optimize(self, parts: list[Step]) -> None:
         train, progress = self._config.train, self._state.progress
         key = (self._config.seed, progress.epoch, progress.step)
         torch.manual_seed(hash((*key, self._part.rank)))
-        loss = self._objective(step, key) * step.weight
-        progress.targets += step.global_targets
-        # DDP takes the mean of the gradients over workers; the loss is the sum over all targets of the step.
-        (loss * (self._part.world / step.global_targets)).backward()
+        for number, step in enumerate(parts, start=1):
+            with self._apart() if number < len(parts) else nullcontext():
+                loss = self._objective(step, key) * step.weight
+                # DDP takes the mean of the gradients over workers; the loss is the sum over all targets of the step.
+                (loss * (self._part.world / step.global_targets)).backward()
+            self._loss_sum += loss.detach()
+        progress.targets += parts[0].global_targets
         if train.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._state.model.parameters(), train.clip_norm)
         for group in self._state.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self._state.optimizer.step()
         self._state.optimizer.zero_grad(set_to_none=True)
-        self._loss_sum += loss.detach()
+
+    def _apart(self) -> AbstractContextManager[None]:
+        """In here gradients are added up on each worker alone."""
+        return self._objective.no_sync() if isinstance(self._objective, DistributedDataParallel) else nullcontext()
 
     def _learning_rate(self) -> float:
         train = self._config.train

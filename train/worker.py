@@ -1,15 +1,13 @@
-"""One worker of a run. What is distributed is here and nowhere else: ranks, DDP, sums over workers."""
+"""One worker of a run: what it builds, trains and writes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seqray.bundle import Bundle
@@ -22,27 +20,20 @@ from seqray.models.protocol import build_model
 from seqray.negatives import Popularity
 from seqray.sequences import SequenceStore
 from seqray.tracking import Tracker
+from train.blocks import checkpoint_blocks
 from train.checkpoint_writer import CheckpointWriter
 from train.checkpoints import Checkpoints
 from train.job import LOG_FILE, Job
 from train.narrator import Narrator, write_line
 from train.objective import Objective
 from train.optimizer import build_optimizer
+from train.place import Place, sum_over_workers
 from train.runs import StaleAttempt, check_attempt
 from train.state import TrainState
 from train.trainer import Trainer, TrainingError
 from train.warm_start import start_from_bundle
 
 Report = Callable[[Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Place:
-    """This worker among all workers."""
-
-    rank: int
-    world: int
-    device: torch.device
 
 
 def ray_worker(plain_job: dict[str, Any]) -> str | None:
@@ -75,6 +66,8 @@ def work(job: Job, place: Place, report: Report) -> None:
         state = TrainState(model, build_optimizer(model, config.train))
         checkpoints = Checkpoints.at(Path(job.run_folder) / "checkpoints", config.train.keep_checkpoints)
         checkpoint, passed_over = go_on(state, checkpoints)
+        if config.train.activation_checkpointing:
+            checkpoint_blocks(model)
         known = None
         if checkpoint is None and job.init_from:
             known = start_from_bundle(model, Path(job.init_from), config.component_types, store.vocabulary)
@@ -166,19 +159,6 @@ def save_bundle(job: Job, config: Config, store: SequenceStore, state: TrainStat
             job.bundle, config=config, state=state.best, items=store.items_table, metrics=metrics,
             data_fingerprint=job.content, run_id=job.run_id, curve=state.progress.history, parent=job.parent,
         )  # fmt: skip
-
-
-def sum_over_workers(place: Place) -> Callable[[Tensor], Tensor]:
-    """Adds a tensor of whole numbers or a loss over all workers; a single worker keeps its own."""
-
-    def add(tensor: Tensor) -> Tensor:
-        if place.world == 1:
-            return tensor
-        total = tensor.to(place.device, copy=True)
-        dist.all_reduce(total)
-        return total.to(tensor.device)
-
-    return add
 
 
 def _narrator(job: Job, config: Config, place: Place) -> Narrator:

@@ -54,7 +54,7 @@ class BSARec(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             hidden_TD = block(hidden_TD, places)
-        hidden_BD = cast(Block, last).newest(hidden_TD, places)
+        hidden_BD = last(hidden_TD, places, newest=True)
         return self.items.question(hidden_BD.index_select(0, places.row_T[batch.asked_P]))
 
 
@@ -126,14 +126,15 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.attention_dropout = Dropout(config.attention_rate)
 
-    def forward(self, hidden_TD: Tensor, places: Places) -> Tensor:
-        """The block for all packed events."""
+    def forward(self, hidden_TD: Tensor, places: Places, newest: bool = False) -> Tensor:
+        """(T, D) for all packed events, or (B, D) for the newest one of each sequence alone."""
+        if newest:
+            return self._newest(hidden_TD, places)
         qkv_TD3 = torch.cat([self.query(hidden_TD), self.key_value(hidden_TD)], 1)
         attended_TD = places.stream.attend(qkv_TD3, self.num_heads, self.attention_dropout)
         return self._combine(hidden_TD, places.low_pass(hidden_TD), attended_TD)
 
-    def newest(self, hidden_TD: Tensor, places: Places) -> Tensor:
-        """(B, D): what `forward` has at the newest event of each sequence."""
+    def _newest(self, hidden_TD: Tensor, places: Places) -> Tensor:
         newest_BD = hidden_TD.index_select(0, places.last_B)
         attended_BD = self._attend_from(newest_BD, hidden_TD, places)
         return self._combine(newest_BD, places.newest_low_pass(hidden_TD), attended_BD)

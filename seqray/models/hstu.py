@@ -129,7 +129,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vqk_TD3: Tensor, position_L: Tensor, time_G: Tensor | None, settings: Settings) -> Tensor:
         mixed_TD = vqk_TD3.new_empty(len(vqk_TD3), vqk_TD3.shape[1] // 3)
-        ctx.saved, ctx.settings = [], settings
+        saved: list[Tensor | None] = []
         dropping = settings.dropout.training and settings.dropout.rate > 0
         with torch.autocast(vqk_TD3.device.type, enabled=False):
             biases = position_L, time_G
@@ -145,25 +145,27 @@ class _Attention(torch.autograd.Function):
                     weights = weights if kept is None else weights * kept
                     mixed[:, slab.start : slab.stop] = torch.bmm(weights, v[:, : slab.stop])
                     if ctx.needs_input_grad[0]:
-                        ctx.saved.append((scores, kept))
+                        saved += scores, kept
                 tile.put(mixed_TD, mixed)
-        ctx.save_for_backward(vqk_TD3, position_L, time_G)
+        # Saved through autograd, which activation checkpointing can tell to let go and make again.
+        ctx.save_for_backward(vqk_TD3, position_L, time_G, *saved)
+        ctx.settings = settings
         return mixed_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor | None, ...]:
-        vqk_TD3, position_L, time_G = ctx.saved_tensors
+        vqk_TD3, position_L, time_G, *kept_for_slabs = ctx.saved_tensors
         settings: Settings = ctx.settings
         slope_TD3, bias = torch.empty_like(vqk_TD3), BiasSlopes(position_L, time_G)
-        rows, saved = iter(settings.time_rows or ()), iter(ctx.saved)
+        rows, saved = iter(settings.time_rows or ()), iter(kept_for_slabs)
         for tile in settings.tiles:
             v, q, k = tile.wide_heads(vqk_TD3, 3, settings.num_heads)
             slope = tile.slopes(slope_TD.to(q.dtype), settings.num_heads)
             dv, dq, dk = torch.zeros_like(v), torch.empty_like(q), torch.zeros_like(k)
             for slab in tile.slabs:
                 queries, keys = slice(slab.start, slab.stop), slice(0, slab.stop)
-                scores, kept = next(saved)
+                scores, kept = next(saved), next(saved)
                 share = _share_SK(slab, scores)
                 share = share if kept is None else kept * share
                 dv[:, keys].baddbmm_((F.silu(scores) * share).mT, slope[:, queries])

@@ -178,7 +178,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, qkv_TD3: Tensor, tiles: list[Tile], num_heads: int, dropout: Dropout) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             mixed_TD = qkv_TD3.new_empty(len(qkv_TD3), qkv_TD3.shape[1] // 3)
-            saved, dropping = [], dropout.training and dropout.rate > 0
+            saved: list[Tensor | None] = []
+            dropping = dropout.training and dropout.rate > 0
             for tile in tiles:
                 q, k, v = _qkv(qkv_TD3, tile, num_heads)
                 mixed = torch.empty_like(q)
@@ -189,23 +190,24 @@ class _Attention(torch.autograd.Function):
                     dropped = weights if kept is None else weights * kept
                     mixed[:, slab.start : slab.stop] = torch.bmm(dropped, v[:, : slab.stop])
                     if ctx.needs_input_grad[0]:
-                        saved.append((weights, kept))
+                        saved += weights, kept
                 tile.put(mixed_TD, mixed)
-        ctx.save_for_backward(qkv_TD3)
-        ctx.tiles, ctx.num_heads, ctx.saved = tiles, num_heads, saved
+        # Saved through autograd, which activation checkpointing can tell to let go and make again.
+        ctx.save_for_backward(qkv_TD3, *saved)
+        ctx.tiles, ctx.num_heads = tiles, num_heads
         return mixed_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor | None, ...]:
-        (qkv_TD3,) = ctx.saved_tensors
-        slope_TD3, saved = torch.empty_like(qkv_TD3), iter(ctx.saved)
+        qkv_TD3, *kept_for_slabs = ctx.saved_tensors
+        slope_TD3, saved = torch.empty_like(qkv_TD3), iter(kept_for_slabs)
         for tile in ctx.tiles:
             q, k, v = _qkv(qkv_TD3, tile, ctx.num_heads)
             slope = tile.slopes(slope_TD.to(q.dtype), ctx.num_heads)
             dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
             for slab in tile.slabs:
-                weights, kept = next(saved)
+                weights, kept = next(saved), next(saved)
                 of_mixed = slope[:, slab.start : slab.stop]
                 dropped = weights if kept is None else weights * kept
                 dv[:, : slab.stop].baddbmm_(dropped.mT, of_mixed)
