@@ -80,7 +80,7 @@ def train(config: Config, store: SequenceStore, device: torch.device) -> None:
         model, build_loss(config.loss), store.num_items, config.train.precision, Popularity.of(store.catalogue)
     )
     narrator = AskedSteps(Stopwatch(device.type), facts_of(config, store, model), objective)
-    Trainer(config, store, state, objective, Part(), narrator, Path(), attempt=1).train(lambda _: None)
+    Trainer(config, store, state, objective, Part(), narrator, None).train(lambda _: None)
 
 
 def facts_of(config: Config, store: SequenceStore, model: Module) -> Facts:

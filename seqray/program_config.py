@@ -70,6 +70,9 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; a validation that is the best so far writes one too."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept, beside the best one."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradients are no numbers, on any worker: end the run, or leave the step out on all of them.
+    """
     max_failures: int = Field(3, ge=0)
     """Times Ray Train starts the workers again after one of them died."""
 

@@ -1,6 +1,11 @@
 """Models with a fault each, for tests: named in configs as `broken_models:Class`."""
 
+import os
+import signal
+from pathlib import Path
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from seqray.catalogue import Catalogue
@@ -77,3 +82,38 @@ class Explodes(SASRec):
 
     def encode(self, batch: Batch) -> Tensor:
         return super().encode(batch) * float("nan")
+
+
+class StruckConfig(Component):
+    order: str
+    """File that tells what shall happen, `train|eval CALL RANK kill|stop|nan`, once; there may be none."""
+    dropout: float = 0.0
+    hidden_dim: int = 16
+
+
+class Struck(SASRec):
+    """A SASRec that strikes its own process, in a stated call of `encode` (counted from the start of the process)."""
+
+    Config = StruckConfig  # type: ignore[assignment]
+
+    def __init__(self, config: StruckConfig, catalogue: Catalogue) -> None:
+        sasrec = SASRecConfig(hidden_dim=config.hidden_dim, num_blocks=1, dropout=config.dropout, max_length=8)
+        super().__init__(sasrec, catalogue)
+        self._order = Path(config.order)
+        self._calls = {"train": 0, "eval": 0}
+
+    def encode(self, batch: Batch) -> Tensor:
+        hidden = super().encode(batch)
+        mode = "train" if self.training else "eval"
+        self._calls[mode] += 1
+        if not self._order.exists():
+            return hidden
+        when, call, rank, what = self._order.read_text().split()
+        here = dist.get_rank() if dist.is_initialized() else 0
+        if when != mode or int(call) != self._calls[mode] or int(rank) != here:
+            return hidden
+        self._order.unlink()
+        if what == "nan":
+            return hidden * float("nan")
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
+        return hidden

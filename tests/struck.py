@@ -1,14 +1,21 @@
-"""Real faults at a stated point of a run: SIGKILL in a process of its own."""
+"""Real faults at a stated point of a run: SIGKILL in a process of its own, and workers without a cluster."""
 
+import json
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from seqray.config import Config
+from train.job import Job
+from train.prepare import ensure_store
+from train.runs import choose_run
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["train.fit", "train.worker", "train.objective"])
@@ -27,7 +34,6 @@ class Blow:
 
 def fit_and_die(config: dict[str, Any], blow: Blow) -> None:
     """In a new process: trains until the blow."""
-    from seqray.config import Config
     from train.fit import fit
 
     left = [blow.count]
@@ -52,6 +58,50 @@ def killed(config: dict[str, Any], blow: Blow) -> None:
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL, f"{blow} has not killed the run: {process.exitcode}"
+
+
+def job_of(config: Config, folder: Path) -> Job:
+    """A new run of the config, under `folder`."""
+    store = ensure_store(config)
+    run, _ = choose_run(folder / "runs" / config.name, config, store.manifest["content_sha256"])
+    return Job.of(config, run.next_attempt(), store.folder, folder, "group", echo=False)
+
+
+def progress_in(folder: Path) -> dict[str, Any]:
+    """Of the newest checkpoint of the run in `folder`."""
+    newest = max((folder / "checkpoints").glob("step_*"))
+    found: dict[str, Any] = json.loads((newest / "progress.json").read_text())
+    return found
+
+
+def run_workers(job: dict[str, Any], world: int, folder: Path) -> list[str | None]:
+    """Runs `work` in `world` processes on gloo, without Ray; what each raised, None when it ended well."""
+    rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
+    results = FORK.Queue()
+    workers = [FORK.Process(target=_work, args=(job, rank, world, rendezvous, results)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    found = dict(results.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(60)
+    return [found[rank] for rank in range(world)]
+
+
+def _work(job: dict[str, Any], rank: int, world: int, rendezvous: Path, results: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from seqray.errors import SeqrayError
+    from train.worker import Place, work
+
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    message = None
+    try:
+        work(Job(**job), Place(rank, world, torch.device("cpu")), lambda _: None)
+    except SeqrayError as error:
+        message = str(error)
+    results.put((rank, message))
+    dist.destroy_process_group()
 
 
 def _in_forward(training: bool, strike: Callable[[], None]) -> Callable[[nn.Module, Any], None]:

@@ -24,12 +24,12 @@ from seqray.models.protocol import build_model
 from seqray.recommender import Query, Recommender
 from seqray.vocabulary import ItemVocabulary
 from train.evaluate import evaluate_rows
+from train.finite import TrainingError
 from train.fit import Trial, fit
 from train.optimizer import learning_rate
 from train.prefetch import prefetched
 from train.prepare import ensure_store
 from train.runs import Run
-from train.trainer import TrainingError
 from train.warm_start import start_from_bundle
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from seqray.config import Config
 from seqray.errors import ConfigError
+from train.finite import TrainingError
 from train.job import LOG_FILE, Job
 from train.narrator import write_line
-from train.trainer import TrainingError
 from train.worker import ray_worker
 
 ENVIRONMENT = {

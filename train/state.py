@@ -27,7 +27,9 @@ class Progress:
     loss_sum: float = 0.0
     """At a checkpoint: the loss summed over the tokens of the epoch so far and over all workers."""
     targets: int = 0
-    """Targets of the epoch so far, over all workers: what loss_sum is divided by."""
+    """At a checkpoint: the targets of the epoch so far, over all workers, which loss_sum is divided by."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradients were no numbers, so that they were left out (train.on_nan: skip)."""
     best_value: float = float("-inf")
     """Best value of the monitored metric."""
     best_epoch: int = -1

@@ -20,14 +20,12 @@ from seqray.samples import Step, TrainingSamples
 from seqray.sequences import IntArray, SequenceStore, Split
 from train.baseline_rows import Rows, baseline_rows
 from train.checkpoint_writer import CheckpointError, CheckpointWriter
+from train.finite import Finite, TrainingError
 from train.narrator import Narrator
 from train.optimizer import learning_rate
 from train.prefetch import prefetched
+from train.pulse import Pulse
 from train.state import TrainState
-
-
-class TrainingError(SeqrayError):
-    """Training that cannot go on, such as a loss that is not finite."""
 
 
 class Trainer:
@@ -46,6 +44,9 @@ class Trainer:
         # A checkpoint holds the loss of all workers; the first one takes it over.
         loss = 0.0 if part.rank else state.progress.loss_sum
         self._loss_sum = torch.tensor(loss, dtype=torch.float64, device=self._device)
+        self._targets = torch.tensor(state.progress.targets, device=self._device)
+        self._finite = Finite(config.train.on_nan, part, self._device, narrator.tell)
+        self._pulse = Pulse(part)
         self._epoch_loss = math.nan
         # With the validation targets among the training events a validation says nothing.
         self._chooses = config.train.until == "validation"
@@ -82,7 +83,7 @@ class Trainer:
         return {
             **tested, **chosen, "baselines": {name: val[name] | test[name] for name in test},
             "best_epoch": progress.best_epoch, "epochs": progress.epoch, "steps": progress.global_step,
-            "train_seconds": round(progress.seconds, 1),
+            "skipped_steps": progress.skipped_steps, "train_seconds": round(progress.seconds, 1),
         }  # fmt: skip
 
     def _train_epoch(self) -> None:
@@ -96,20 +97,22 @@ class Trainer:
             progress.step += 1
             progress.global_step += 1
             progress.seconds += time.perf_counter() - started
+            if self._pulse.due() or self._device.type == "cpu":
+                self._look_for_skipped()
             self._narrator.step(progress, parts[0], self._learning_rate())
             if self._writer is not None:
                 self._writer.poll()
             if progress.global_step % self._config.train.checkpoint_steps == 0:
                 self._save_checkpoint()
             started = time.perf_counter()
-        self._epoch_loss = float(self._global_loss()) / progress.targets
+        self._look_for_skipped()
+        targets = int(self._targets)
+        if not targets:
+            raise TrainingError(f"epoch {progress.epoch + 1}: every step was skipped, so nothing was learnt")
+        self._epoch_loss = float(self._global_loss()) / targets
         self._loss_sum.zero_()
-        progress.targets = 0
+        self._targets.zero_()
         progress.epoch, progress.step = progress.epoch + 1, 0
-        if not math.isfinite(self._epoch_loss):
-            raise TrainingError(
-                f"train/loss is {self._epoch_loss} in epoch {progress.epoch}: try a lower train.learning_rate"
-            )
 
     def _parts(self, epoch: int, order: IntArray, number: int) -> list[Step]:
         """What this worker trains on in a step, in micro-batches."""
@@ -128,23 +131,28 @@ class Trainer:
         train, progress = self._config.train, self._state.progress
         key = (self._config.seed, progress.epoch, progress.step)
         torch.manual_seed(hash((*key, self._part.rank)))
+        loss = torch.zeros((), device=self._device)
         for number, step in enumerate(parts, start=1):
             with self._apart() if number < len(parts) else nullcontext():
-                loss = self._objective(step, key) * step.weight
+                part = self._objective(step, key) * step.weight
                 # DDP takes the mean of the gradients over workers; the loss is the sum over all targets of the step.
-                (loss * (self._part.world / step.global_targets)).backward()
-            self._loss_sum += loss.detach()
-        progress.targets += parts[0].global_targets
-        if train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._state.model.parameters(), train.clip_norm)
+                (part * (self._finite.factor(part) * (self._part.world / step.global_targets))).backward()
+            loss = loss + part.detach()
+        norm = nn.utils.clip_grad_norm_(self._state.model.parameters(), train.clip_norm or math.inf)
         for group in self._state.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        self._state.optimizer.step()
+        made = self._finite.step(self._state.optimizer, loss, norm, progress.global_step + 1)
         self._state.optimizer.zero_grad(set_to_none=True)
+        self._loss_sum += torch.where(made, loss, 0.0)
+        self._targets += made * parts[0].global_targets
 
     def _apart(self) -> AbstractContextManager[None]:
         """In here gradients are added up on each worker alone."""
         return self._objective.no_sync() if isinstance(self._objective, DistributedDataParallel) else nullcontext()
+
+    def _look_for_skipped(self) -> None:
+        """TrainingError, on all workers, when a step since the last look was no number and train.on_nan is stop."""
+        self._state.progress.skipped_steps += self._finite.look(self._steps)
 
     def _learning_rate(self) -> float:
         train = self._config.train
@@ -185,12 +193,13 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Written by the first worker; the others only add their part of the epoch's loss."""
+        self._look_for_skipped()
         loss = self._global_loss()
         if self._writer is None:
             self._loss_sum.zero_()
             return
         self._loss_sum = loss.clone()
-        self._state.progress.loss_sum = float(loss)
+        self._state.progress.loss_sum, self._state.progress.targets = float(loss), int(self._targets)
         self._writer.write(self._state.snapshot())
 
     def _finish_checkpoints(self) -> None:

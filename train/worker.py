@@ -23,6 +23,7 @@ from seqray.tracking import Tracker
 from train.blocks import checkpoint_blocks
 from train.checkpoint_writer import CheckpointWriter
 from train.checkpoints import Checkpoints
+from train.finite import TrainingError
 from train.job import LOG_FILE, Job
 from train.narrator import Narrator, write_line
 from train.objective import Objective
@@ -30,7 +31,7 @@ from train.optimizer import build_optimizer
 from train.place import Place, sum_over_workers
 from train.runs import StaleAttempt, check_attempt
 from train.state import TrainState
-from train.trainer import Trainer, TrainingError
+from train.trainer import Trainer
 from train.warm_start import start_from_bundle
 
 Report = Callable[[Mapping[str, float]], None]
