@@ -6,10 +6,12 @@ The store is prepared when it is not there. Prints a table of stages, the deares
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from seqray.config import Config, load_config  # noqa: E402
 from seqray.losses import build_loss  # noqa: E402
 from seqray.models.protocol import build_model  # noqa: E402
 from seqray.models.stream import Stream  # noqa: E402
+from seqray.native.library import SWITCH, operators  # noqa: E402
 from seqray.negatives import Popularity  # noqa: E402
 from seqray.samples import Step  # noqa: E402
 from train.fit import local_device  # noqa: E402
@@ -96,15 +99,33 @@ def main() -> None:
     bench = Bench(load_config(arguments.config, tuple(arguments.overrides)))
     for number in range(5):
         bench.step(number)
-    with FlopCounterMode(display=False) as counter:
+    # The operators of PyTorch are counted; our kernels do the same work, without the padding.
+    with without_kernels(), FlopCounterMode(display=False) as counter:
         _, counted = bench.step(5)
     flops = counter.get_total_flops() / len(counted.batch.items_T)
     found = [bench.step(number) for number in range(6, 6 + arguments.steps)]
     rate = matmul_rate(bench.device, torch.bfloat16 if bench.bf16 else torch.float32)
-    paddings = [(stream.padding, stream.T) for stream in (Stream(step.batch.lengths_B) for _, step in found)]
+    streams = [Stream(step.batch.lengths_B) for _, step in found]
+    paddings = [(0 if uses_kernels(bench.device) else stream.padding, stream.T) for stream in streams]
     show(bench, [times for times, _ in found], paddings, flops, rate)
     if arguments.ops:
         show_operators(bench, arguments.ops)
+
+
+def uses_kernels(device: torch.device) -> bool:
+    """Whether attention and the loss go through the kernels of seqray/native, where no event is padded."""
+    return device.type == "cpu" and operators(build=True) is not None
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Goes the way of a machine without a compiler."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "off"
+    yield
+    del os.environ[SWITCH]
+    if before is not None:
+        os.environ[SWITCH] = before
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -141,7 +162,8 @@ def show(
     padding, events = (sum(column) for column in zip(*paddings, strict=True))
     print(
         f"{read:,.0f} events a step, {bench.steps} steps ({epoch:.1f} s) an epoch, {read / whole * 1e3:,.0f} events/s\n"
-        f"padding: none in products, norms and loss; {padding / (padding + events):.1%} of attention's tiles\n"
+        f"padding: none in products, norms and loss; {padding / (padding + events):.1%} of attention's cells "
+        f"({'packed, by' if uses_kernels(bench.device) else 'tiles, without'} the kernels of seqray/native)\n"
         f"floor: {flops_a_token * read / 1e9:.1f} GFLOP a step at {rate / 1e9:,.0f} GFLOP/s "
         f"({'bf16' if bench.bf16 else 'fp32'}) = {floor:.1f} ms; the step takes {whole / floor:.1f} times that"
     )

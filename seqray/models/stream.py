@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from seqray.models.dropout import Dropout
+from seqray.native.attention import packed_attention
 from seqray.sequences import IntArray
 
 CELLS, CELLS_IN_CACHE = 2**25, 2**18
@@ -155,7 +156,10 @@ class Stream:
     def attend(self, qkv_TD3: Tensor, num_heads: int, dropout: Dropout) -> Tensor:
         """(T, 3D) -> (T, D): softmax(q k' / sqrt(d)) v over the events up to each (Vaswani et al. 2017, eq. 1)."""
         if qkv_TD3.device.type == "cpu":
-            return cast(Tensor, _Attention.apply(qkv_TD3, self.tiles, num_heads, dropout))  # type: ignore[no-untyped-call]
+            mixed_TD = packed_attention(qkv_TD3, self._lengths_B, num_heads, dropout)
+            if mixed_TD is None:
+                mixed_TD = _Attention.apply(qkv_TD3, self.tiles, num_heads, dropout)  # type: ignore[no-untyped-call]
+            return cast(Tensor, mixed_TD)
         return self.join([attend_fused(tile, qkv_TD3, num_heads, dropout) for tile in self.tiles])
 
     def join(self, parts: list[Tensor]) -> Tensor:

@@ -1,0 +1,113 @@
+"""The kernels of this folder, compiled once for a user and loaded into PyTorch as `torch.ops.seqray`.
+
+They need a CPU with AVX-512 and bf16 and, the first time, a C++ compiler. The product lies beside PyTorch's own
+extensions (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`) under a name that changes with the sources, the
+flags and PyTorch. SEQRAY_NATIVE=off does without.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLAGS = ("-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-fPIC")
+COMPILERS = ("c++", "g++", "clang++")
+SECONDS = 600
+"""After which a compiler is given up."""
+SWITCH = "SEQRAY_NATIVE"
+
+log = logging.getLogger(__name__)
+
+
+def operators(build: bool) -> Any | None:
+    """`torch.ops.seqray`, or None where the kernels cannot run; they are compiled for the first time only if `build`.
+
+    Why they could not be compiled is logged once.
+    """
+    if os.environ.get(SWITCH) == "off" or not _fits() or not (build or _file().exists()):
+        return None
+    return _load()
+
+
+@cache
+def _fits() -> bool:
+    return platform.system() == "Linux" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@cache
+def _file() -> Path:
+    """Where the compiled kernels lie or will lie."""
+    digest = hashlib.sha256("\n".join((torch.__version__, *FLAGS)).encode())
+    for source in sorted(Path(__file__).parent.glob("*.[ch]*")):
+        digest.update(source.read_bytes())
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return Path(root) / f"seqray-{digest.hexdigest()[:16]}" / "kernels.so"
+
+
+@cache
+def _load() -> Any | None:
+    try:
+        if not _file().exists():
+            _build(_file())
+        torch.ops.load_library(_file())  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        log.warning("CPU kernels are not at hand, training goes on without them and slower: %s", error)
+        return None
+    return torch.ops.seqray
+
+
+def _build(file: Path) -> None:
+    """Compiles the kernels into `file`; of several processes one does it and the others wait."""
+    compiler = _compiler()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (file.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the process ends, however it ends
+        if file.exists():
+            return
+        log.info("compiling the CPU kernels into %s", file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            _compile(compiler, Path(folder), Path(folder) / file.name)
+            (Path(folder) / file.name).replace(file)
+
+
+def _compiler() -> list[str]:
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    found = wanted or [path for path in map(shutil.which, COMPILERS) if path][:1]
+    if not found:
+        raise OSError(f"no C++ compiler among {', '.join(COMPILERS)}; CXX names another")
+    return found
+
+
+def _compile(compiler: list[str], folder: Path, product: Path) -> None:
+    torch_folder = Path(torch.__file__).parent
+    include = torch_folder / "include"
+    objects, running = [], []
+    for source in sorted(Path(__file__).parent.glob("*.cpp")):
+        objects.append(str(folder / f"{source.stem}.o"))
+        places = (f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", "-c", str(source), "-o", objects[-1])
+        running.append(subprocess.Popen([*compiler, *FLAGS, *places], stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _wait(process)
+    # OpenMP is not named here: its functions are then those that PyTorch itself brings along.
+    linked = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(product))
+    _wait(subprocess.Popen([*compiler, "-shared", *objects, *linked], stderr=subprocess.PIPE, text=True))
+
+
+def _wait(process: "subprocess.Popen[str]") -> None:
+    try:
+        _, said = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    if process.returncode:
+        wrong = [line for line in said.splitlines() if "error" in line]
+        raise OSError(f"the C++ compiler failed: {(wrong or said.splitlines() or ['without a word'])[0]}")
