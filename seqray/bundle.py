@@ -60,7 +60,7 @@ class Bundle:
         state: Mapping[str, Tensor],
         items: pa.Table,
         metrics: Mapping[str, Any],
-        data_fingerprint: str,
+        data_fingerprint: str | Mapping[str, str],
         run_id: str,
         curve: Sequence[Mapping[str, Any]] = (),
         parent: str | None = None,

@@ -63,7 +63,7 @@ def killed(config: dict[str, Any], blow: Blow) -> None:
 def job_of(config: Config, folder: Path) -> Job:
     """A new run of the config, under `folder`."""
     store = ensure_store(config)
-    run, _ = choose_run(folder / "runs" / config.name, config, store.manifest["content_sha256"])
+    run, _ = choose_run(folder / "runs" / config.name, config, store.manifest["content_sha256"], code={})
     return Job.of(config, run.next_attempt(), store.folder, folder, "group", echo=False)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from seqray.config import Config
 from seqray.errors import ConfigError, DataError
 from seqray.sequences import SequenceStore
 from seqray.tracking import resolve_mode
+from train.code import code_of
 from train.job import LOG_FILE, Job
 from train.narrator import echo_new_lines
 from train.place import Place
@@ -34,11 +36,12 @@ class Trial:
     """ray.train.UserCallback objects, for a run on Ray Train's workers."""
 
 
-def fit(config: Config, *, fresh: bool = False, trial: Trial | None = None) -> Bundle:
+def fit(config: Config, *, fresh: bool = False, accept_changes: bool = False, trial: Trial | None = None) -> Bundle:
     """Trains what `config` describes and gives back its bundle; continues the unfinished run of the same name.
 
-    fresh: starts a new run all the same. trial: makes or continues this very trial of a search, and prints nothing.
-    Errors: ConfigError when the unfinished run was started with another config; DataError from the log.
+    fresh: starts a new run all the same. accept_changes: continues it with another config, other data or other code.
+    trial: makes or continues this very trial of a search, and prints nothing.
+    Errors: ConfigError when the unfinished run was started with something else; DataError from the log.
     """
     output = output_folder(config)
     in_process = config.train.num_workers == 0
@@ -46,7 +49,7 @@ def fit(config: Config, *, fresh: bool = False, trial: Trial | None = None) -> B
     resolve_mode(config.tracking)  # a mistake in WANDB_MODE is told before anything starts
     store = open_store(config) if trial else ensure_store(config)
     check_targets(store)
-    run, continued = _choose(config, store, output, fresh, trial)
+    run, continued = _choose(config, store, output, fresh, accept_changes, trial)
     with run.lock():
         run = run.next_attempt()
         if config.train.init_from and run.parent is None:
@@ -75,11 +78,16 @@ def _work(job: Job, config: Config, device: torch.device | None, trial: Trial | 
         train_on_ray(job, config, trial.ray_callbacks if trial else ())
 
 
-def _choose(config: Config, store: SequenceStore, output: Path, fresh: bool, trial: Trial | None) -> tuple[Run, bool]:
-    content = store.manifest["content_sha256"]
+def _choose(
+    config: Config, store: SequenceStore, output: Path, fresh: bool, accept_changes: bool, trial: Trial | None
+) -> tuple[Run, bool]:
+    choose = partial(
+        choose_run, config=config, content=store.manifest["content_sha256"], code=code_of(config),
+        accept_changes=accept_changes,
+    )  # fmt: skip
     if trial:
-        return choose_run(trial.search / "trials", config, content, run_id=trial.id)
-    return choose_run(output / "runs" / config.name, config, content, fresh=fresh, ignore=("tune",))
+        return choose(trial.search / "trials", run_id=trial.id)
+    return choose(output / "runs" / config.name, fresh=fresh, ignore=("tune",))
 
 
 def check_targets(store: SequenceStore) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from seqray.config import Config
-from train.runs import Run, absolute
+from train.runs import Content, Run, absolute
 
 LOG_FILE = "train.log"
 """In the run's folder: the lines that tell how the run goes."""
@@ -22,8 +22,8 @@ class Job:
     attempt: int
     bundle: str
     """Where the bundle goes."""
-    content: str
-    """Content hash of the store."""
+    content: Content
+    """Content hashes of the store."""
     init_from: str | None
     """Bundle that the run starts from."""
     parent: str | None

@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,6 +15,7 @@ from seqray.command import write_json
 from seqray.config import Config
 from seqray.errors import ConfigError, SeqrayError
 from seqray.storage import is_uri
+from train.code import Code, code_differences
 
 FREE_TO_CHANGE = (
     "name", "output", "serve", "tracking", "cluster", "evaluate.bundle", "evaluate.split", "evaluate.batch_size",
@@ -27,6 +28,8 @@ FREE_TO_CHANGE = (
 The content of the store stands for data.path.
 """
 
+Content = Mapping[str, str]
+"""File of the prepared store -> its sha256."""
 Status = Literal["unfinished", "finished", "abandoned"]
 
 
@@ -39,14 +42,18 @@ class Run:
     name: str
     config: dict[str, Any]
     """The resolved config as plain data."""
-    content: str
-    """Content hash of the prepared store."""
+    content: Content
+    """Content hashes of the prepared store."""
     status: Status = "unfinished"
     attempt: int = 0
     """Counts the commands that worked on the run; an older attempt's workers no longer write."""
     created: str = ""
     parent: str | None = None
     """Run id of the bundle that the run started from."""
+    code: dict[str, str] = field(default_factory=dict)
+    """What stands for the code (`train.code.code_of`)."""
+    changes: list[str] = field(default_factory=list)
+    """What was changed while it was unfinished, and accepted."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -107,29 +114,35 @@ def check_attempt(folder: Path, attempt: int) -> None:
 def choose_run(
     root: Path,
     config: Config,
-    content: str,
+    content: Content,
     *,
+    code: Code,
     fresh: bool = False,
+    accept_changes: bool = False,
     run_id: str | None = None,
     ignore: tuple[str, ...] = (),
 ) -> tuple[Run, bool]:
     """(the run to work on, whether it is continued) among the runs of `config.name` under `root`.
 
-    The newest unfinished run goes on when config and data are the same, and is refused with the difference when they
-    are not, unless it has learnt nothing yet. A finished run is never touched: a new one is made. `fresh` abandons the
-    unfinished one. run_id: this very run (a trial), finished or not. ignore: further paths that may differ.
+    The newest unfinished run goes on when config, data and code are the same. When they are not, it is refused with the
+    difference, goes on all the same with `accept_changes`, and is abandoned when it has learnt nothing yet. A finished
+    run is never touched: a new one is made. `fresh` abandons the unfinished one. run_id: this very run (a trial),
+    finished or not. ignore: further paths that may differ.
     """
     runs = [Run.load(path.parent) for path in sorted(root.glob(f"{run_id or '*'}/run.json"))]
     going = [run for run in runs if run.status == "unfinished" or run.id == run_id]
     if going:
-        run, lines = going[-1], _differences(going[-1], config, content, ignore)
+        run, lines = going[-1], _differences(going[-1], config, content, code, ignore)
         if not lines and not fresh:
             return run, True
         if not fresh and run.has_learnt():
+            if accept_changes:
+                return _accepted(run, config, content, code, lines), True
             raise ConfigError(
-                f"run {run.id} of {run.name!r} is unfinished and was started with another config:\n  "
+                f"run {run.id} of {run.name!r} is unfinished and was started with something else:\n  "
                 + "\n  ".join(lines)
-                + "\nput the values back to continue it, start anew with --fresh, or give the new run another name="
+                + "\nput it back to continue the run, continue it all the same with --accept-changes, start anew with "
+                "--fresh, or give the new run another name="
             )
         with run.lock():
             run.mark("abandoned")
@@ -138,13 +151,24 @@ def choose_run(
     folder = root / new_id
     folder.mkdir(parents=True, exist_ok=True)
     return Run(
-        folder, new_id, config.name, config.plain(), content, created=now.isoformat(timespec="seconds")
+        folder, new_id, config.name, config.plain(), content, created=now.isoformat(timespec="seconds"), code=dict(code)
     ).save(), False
 
 
-def _differences(run: Run, config: Config, content: str, ignore: tuple[str, ...]) -> list[str]:
+def _accepted(run: Run, config: Config, content: Content, code: Code, lines: list[str]) -> Run:
+    """The run as it goes on with other config, data or code; its record keeps the difference."""
+    print(f"run {run.id} goes on with what has changed:\n  " + "\n  ".join(lines), flush=True)
+    with run.lock():
+        changed = replace(run, config=config.plain(), content=content, code=dict(code))
+        return replace(changed, changes=[*run.changes, *lines]).save()
+
+
+def _differences(run: Run, config: Config, content: Content, code: Code, ignore: tuple[str, ...]) -> list[str]:
     lines = differences(run.config, config.plain(), ignore)
-    return lines if content == run.content else [*lines, "data: the content of the prepared store has changed"]
+    if content != run.content:
+        changed = [name for name in {**run.content, **content} if run.content.get(name) != content.get(name)]
+        lines.append(f"data: the content of the prepared store has changed ({', '.join(changed)})")
+    return [*lines, *code_differences(run.code, code)]
 
 
 def differences(

@@ -8,6 +8,7 @@ from seqray.config import Config
 from seqray.errors import ConfigError, SeqrayError
 from seqray.storage import is_uri
 from train.cluster import connect, uses_gpu
+from train.code import code_of
 from train.fit import check_targets
 from train.prepare import ensure_store
 from train.runs import Run, absolute, choose_run, output_folder
@@ -24,7 +25,7 @@ class SearchError(SeqrayError):
     """A search without a winner."""
 
 
-def search(config: Config, *, fresh: bool = False) -> Bundle:
+def search(config: Config, *, fresh: bool = False, accept_changes: bool = False) -> Bundle:
     """Runs `tune.num_trials` trials and gives back the bundle of the one best by `train.monitor` on validation.
 
     An unfinished search of the same name and config goes on: finished trials are kept, interrupted ones continue from
@@ -37,11 +38,13 @@ def search(config: Config, *, fresh: bool = False) -> Bundle:
     store = ensure_store(config)
     check_targets(store)
     root = output / "searches" / config.name
-    run, continued = choose_run(root, config, store.manifest["content_sha256"], fresh=fresh)
+    run, continued = choose_run(
+        root, config, store.manifest["content_sha256"], code=code_of(config), fresh=fresh, accept_changes=accept_changes
+    )
     with run.lock():
         run = run.next_attempt()
         print(f"{'continues ' if continued else ''}search {run.id} in {run.folder}", flush=True)
-        _run_trials(config, run)
+        _run_trials(config, run, accept_changes)
         rows = read_trials(run.folder)
         print_trials(rows, config.train.monitor)
         unfinished = [row for row in rows if row.status == "interrupted"]
@@ -58,7 +61,7 @@ def search(config: Config, *, fresh: bool = False) -> Bundle:
     return Bundle.load(Path(winner.bundle), trusted=config.component_types)
 
 
-def _run_trials(config: Config, run: Run) -> None:
+def _run_trials(config: Config, run: Run, accept_changes: bool) -> None:
     nested = config.train.num_workers > 1
     workers = config.train.num_workers * config.train.cpus_per_worker
     connect(config, workers + 1 if nested else config.train.cpus_per_worker, state_api=nested)
@@ -69,7 +72,9 @@ def _run_trials(config: Config, run: Run) -> None:
     resources = {"cpu": NESTED_TRIAL_CPU if nested else config.train.cpus_per_worker}
     if use_gpu and not nested:
         resources["gpu"] = 1
-    trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, job=_job(config, run)), resources)
+    trainable = ray.tune.with_resources(
+        ray.tune.with_parameters(run_trial, job=_job(config, run, accept_changes)), resources
+    )
     path = run.folder / "tune"
     if ray.tune.Tuner.can_restore(str(path)):
         tuner = ray.tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True)
@@ -89,11 +94,12 @@ def _run_trials(config: Config, run: Run) -> None:
     tuner.fit()
 
 
-def _job(config: Config, run: Run) -> dict[str, Any]:
+def _job(config: Config, run: Run, accept_changes: bool) -> dict[str, Any]:
     paths = {"output": config.output, "data.store": config.data.store, "train.init_from": config.train.init_from}
     # A trial's process has another working folder.
     rooted = {key: str(absolute(path)) for key, path in paths.items() if path is not None and not is_uri(path)}
-    return {"config": config.override(rooted).plain(), "search": str(run.folder)}
+    plain = config.override(rooted).plain()
+    return {"config": plain, "search": str(run.folder), "accept_changes": accept_changes}
 
 
 def _places(config: Config, nested: bool, use_gpu: bool) -> int:

@@ -25,4 +25,4 @@ def run_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
     else:
         config = config.override({"train.num_workers": 0})
         trial = Trial(trial_id, search, on_validation=lambda metrics: ray.tune.report(dict(metrics)))
-    fit(config, trial=trial)
+    fit(config, accept_changes=job["accept_changes"], trial=trial)
