@@ -20,6 +20,7 @@ from torch import Tensor
 
 from seqray import __version__
 from seqray.bundle_report import git_commit, model_card
+from seqray.cache import Cache
 from seqray.catalogue import Catalogue
 from seqray.component import DEFAULT, MODULE_ATTRIBUTE, is_built_in
 from seqray.config import NAME, Config
@@ -45,6 +46,9 @@ class Bundle:
     """A verified bundle: `items` in index order (row 0 is item_index 1), `state` the weights by name."""
 
     folder: Path
+    """Where its files lie on this machine."""
+    location: str
+    """The path or URI that it was asked for by."""
     config: Config
     items: pa.Table
     metrics: dict[str, Any]
@@ -65,7 +69,7 @@ class Bundle:
         curve: Sequence[Mapping[str, Any]] = (),
         parent: str | None = None,
     ) -> "Bundle":
-        """Writes a bundle and checks it as `load` does, before it gets its name.
+        """Writes a bundle to a local folder and checks it as `load` does, before it gets its name.
 
         items: item_id, train_events, then the user's columns. metrics: the model's under their keys, and
         "baselines": {name: {key: value}}. curve: rows of the training history. BundleError when `folder` exists.
@@ -94,16 +98,18 @@ class Bundle:
             (temporary / CARD_FILE).write_text(card, encoding="utf-8")
             write_manifest(temporary, about, [path.name for path in temporary.iterdir()])
             bundle = cls.load(temporary, trusted=config.component_types)
-        return replace(bundle, folder=target)
+        return replace(bundle, folder=target, location=str(target))
 
     @classmethod
-    def load(cls, folder: str | Path, trusted: tuple[str, ...] = ()) -> "Bundle":
+    def load(cls, folder: str | Path, trusted: tuple[str, ...] = (), cache: Cache | None = None) -> "Bundle":
         """A bundle whose files match its manifest, and whose weights fit its config and its items.
 
         `trusted` names the `module:attribute` components that may be imported: to import a module that a bundle
-        names is to run its code. BundleError names the folder and the file.
+        names is to run its code. Of a bundle behind a URI a copy is loaded that this machine keeps in `cache`
+        (the default one when not given). BundleError names the folder and the file, DataError a URI that nothing can be
+        fetched from.
         """
-        folder = Path(folder)
+        location, folder = str(folder), (cache or Cache()).fetch(folder)
         manifest = verify_manifest(folder)
         for name in REQUIRED:
             if name not in manifest["files"]:
@@ -111,7 +117,8 @@ class Bundle:
         if not NAME.fullmatch(str(manifest.get("run_id"))):
             raise BundleError(f"{folder}: {MANIFEST_FILE}: run_id {manifest.get('run_id')!r} is not a name")
         config = _read_config(folder, trusted)
-        bundle = cls(folder, config, _read_items(folder), _read_metrics(folder), manifest, _read_weights(folder))
+        items, metrics, state = _read_items(folder), _read_metrics(folder), _read_weights(folder)
+        bundle = cls(folder, location, config, items, metrics, manifest, state)
         bundle._check_weights()
         return bundle
 

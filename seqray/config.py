@@ -4,7 +4,7 @@ Free of PyTorch and Ray, so that a mistake is answered at once. The sentence und
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from seqray.component import DEFAULT, config_class
 from seqray.config_errors import nearest_key, unknown_key_message
 from seqray.data_config import DataConfig
 from seqray.errors import ConfigError
+from seqray.locations import NO_SECRETS, holds_secret, join
 from seqray.model_sections import SASRecConfig
 from seqray.program_config import (
     ClusterConfig,
@@ -59,6 +60,9 @@ class Config(Section):
     def _fits(self) -> Self:
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name {self.name!r}: letters, digits, dot, dash and underscore, at most 100")
+        for text in _texts(self.model_dump()):
+            if holds_secret(text):
+                raise ValueError(f"{text.partition('://')[0]}://...: {NO_SECRETS}")
         metrics = ["hit_rate", "ndcg", "mrr", *["recall"] * (self.data.split.target == "next_basket")]
         allowed = [f"val/{m}@{k}" for m in metrics for k in self.evaluate.k]
         if self.train.monitor not in allowed:
@@ -142,8 +146,17 @@ def _with_store(data: Mapping[str, Any]) -> dict[str, Any]:
     section = filled.get("data")
     if isinstance(section, Mapping) and not section.get("store"):
         root = str(filled.get("output", Config.model_fields["output"].default))
-        filled["data"] = {**section, "store": f"{root}/stores/{filled.get('name')}"}
+        filled["data"] = {**section, "store": join(root, f"stores/{filled.get('name')}")}
     return filled
+
+
+def _texts(data: Any) -> Iterator[str]:
+    """All texts in plain data."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, Mapping | list | tuple):
+        for value in data.values() if isinstance(data, Mapping) else data:
+            yield from _texts(value)
 
 
 def _set(data: dict[str, Any], path: str, value: Any, source: str) -> None:

@@ -1,6 +1,5 @@
 """manifest.json: the sha256 of every file of a folder, so that a folder is used whole and unchanged or not at all."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from seqray.errors import BundleError, SeqrayError
-from seqray.storage import MANIFEST_FILE
+from seqray.storage import MANIFEST_FILE, file_sha256
 
 FORMAT_VERSION = 1
 PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".joblib", ".npz", ".dill"})
@@ -18,7 +17,7 @@ ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 def write_manifest(folder: str | Path, extra: Mapping[str, Any], files: Iterable[str]) -> dict[str, Any]:
     """Writes manifest.json with `extra`, the format version and the sha256 of `files` (names in `folder`)."""
     folder = Path(folder)
-    digests = {name: _sha256(folder / name) for name in sorted(files)}
+    digests = {name: file_sha256(folder / name) for name in sorted(files)}
     manifest = {"format_version": FORMAT_VERSION, **extra, "files": digests}
     temporary = folder / f".{MANIFEST_FILE}.{os.getpid()}"
     temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
@@ -47,7 +46,7 @@ def verify_manifest(folder: str | Path, error: type[SeqrayError] = BundleError) 
     for name, digest in listed.items():
         if name not in found:
             raise error(f"{folder}: {name} is listed in {MANIFEST_FILE} but missing")
-        actual = _sha256(folder / name)
+        actual = file_sha256(folder / name)
         if actual != digest:
             raise error(f"{folder}: {name} does not match {MANIFEST_FILE}: sha256 {actual}, listed {digest}")
     return manifest
@@ -72,11 +71,6 @@ def _read(folder: Path, error: type[SeqrayError]) -> dict[str, Any]:
     if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
         raise error(f"{folder}: {MANIFEST_FILE}: files is not a mapping of names to sha256")
     return dict(manifest)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _looks_like_pickle(path: Path) -> bool:

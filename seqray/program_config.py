@@ -211,3 +211,7 @@ class ClusterConfig(Section):
 
     address: str | None = None
     """`local` starts one in this process; an address joins it; null joins a running one, else starts one."""
+    cache_folder: str | None = None
+    """Folder on each node's own disk for copies of what lies behind URIs; `~/.cache/seqray` when null."""
+    cache_days: float = Field(7.0, gt=0)
+    """Copies that nobody asked for in so many days are deleted when another one is fetched."""

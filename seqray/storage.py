@@ -4,35 +4,30 @@ A published folder is complete when it holds manifest.json, which is written las
 """
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 import uuid
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from seqray.errors import DataError
+from seqray.locations import NO_SECRETS, holds_secret, is_uri, local_path
 
 MANIFEST_FILE = "manifest.json"
-
-
-def is_uri(path: str | Path) -> bool:
-    """Whether `path` names a remote filesystem; `file://` counts as local."""
-    return "://" in str(path) and not str(path).startswith("file://")
-
-
-def local_path(path: str | Path) -> Path:
-    """The path of a local file or folder, given plainly or as file://."""
-    return Path(str(path).removeprefix("file://")).expanduser()
 
 
 def open_filesystem(uri: str | Path) -> tuple[Any, str]:
     """The pyarrow filesystem of a local path or URI, and the path on it; DataError when it cannot be reached."""
     if not is_uri(uri):
         return pafs.LocalFileSystem(), str(local_path(uri))
+    if holds_secret(uri):
+        raise DataError(f"{urlsplit(str(uri)).scheme}://: {NO_SECRETS}")
     try:
         filesystem, path = pafs.FileSystem.from_uri(str(uri))
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
@@ -87,18 +82,12 @@ def upload(folder: Path, filesystem: Any, path: str) -> None:
         raise DataError(f"{manifest}: cannot be written: {error}") from error
 
 
-def fetch(uri: str | Path, cache_folder: str | Path) -> Path:
-    """A local folder with what is published at `uri`: a local one as it is, a remote one as a copy in the cache.
+def download(filesystem: Any, path: str, cache_folder: Path, *, verify: bool = False) -> Path:
+    """The copy of the published folder `path` in the cache, made when it is not there; DataError when it is not.
 
-    The copy is named after the manifest, so what has not changed is copied once.
+    The copy is named after the manifest, so what has not changed is copied once. verify: a new copy is compared with
+    the sha256 of the files that the manifest lists.
     """
-    if not is_uri(uri):
-        return local_path(uri)
-    return download(*open_filesystem(uri), Path(cache_folder))
-
-
-def download(filesystem: Any, path: str, cache_folder: Path) -> Path:
-    """The copy of the published folder `path` in the cache, made when it is not there; DataError when it is not."""
     manifest = read_manifest_bytes(filesystem, path)
     if manifest is None:
         raise DataError(f"{path}: no {MANIFEST_FILE}, so nothing complete is published here")
@@ -109,12 +98,17 @@ def download(filesystem: Any, path: str, cache_folder: Path) -> Path:
     temporary = temporary_folder(copy)
     try:
         for info in _files(filesystem, path):
-            local = temporary / PurePosixPath(info.path).relative_to(path)
+            inner = PurePosixPath(info.path).relative_to(path)
+            if ".." in inner.parts:
+                raise DataError(f"{info.path}: not copied, the name leads out of the folder")
+            local = temporary / inner
             local.parent.mkdir(parents=True, exist_ok=True)
             pafs.copy_files(info.path, str(local), filesystem, pafs.LocalFileSystem())
         # The writer deletes the manifest before anything else, so an unchanged one vouches for all files.
         if read_manifest_bytes(filesystem, path) != manifest:
             raise DataError(f"{path}: was replaced while it was copied; run the command again")
+        if verify:
+            _compare(temporary, path, manifest)
         if not (copy / MANIFEST_FILE).is_file():
             _replace_folder(temporary, copy)
     except (OSError, pa.ArrowException) as error:
@@ -122,6 +116,27 @@ def download(filesystem: Any, path: str, cache_folder: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return copy
+
+
+def _compare(copy: Path, path: str, manifest: bytes) -> None:
+    """DataError when a file of a copy is not what the manifest (of a store or a bundle) says."""
+    try:
+        content = json.loads(manifest)
+        listed = dict(content.get("files") or content.get("content_sha256") or {})
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}/{MANIFEST_FILE}: cannot be read: {error}") from error
+    for name, digest in listed.items():
+        if not (copy / name).is_file():
+            raise DataError(f"{path}: {name} is listed in {MANIFEST_FILE} but missing")
+        actual = file_sha256(copy / name)
+        if actual != digest:
+            raise DataError(f"{path}: {name} does not match {MANIFEST_FILE}: sha256 {actual}, listed {digest}")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest_bytes(filesystem: Any, path: str) -> bytes | None:

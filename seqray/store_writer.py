@@ -19,7 +19,7 @@ from seqray.interactions import Interactions
 from seqray.item_table import item_table
 from seqray.sequences import EVENT_TYPES, FORMAT_VERSION, ITEMS_FILE, SEQUENCES_FILE, SPLIT_COLUMNS
 from seqray.splits import SplitPositions, iso_time
-from seqray.storage import MANIFEST_FILE
+from seqray.storage import MANIFEST_FILE, file_sha256
 from seqray.table_files import find_files
 
 IntArray = npt.NDArray[np.int64]
@@ -68,7 +68,7 @@ def write_store(
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint,
-        "content_sha256": {name: _sha256(folder / name) for name in (SEQUENCES_FILE, ITEMS_FILE)},
+        "content_sha256": {name: file_sha256(folder / name) for name in (SEQUENCES_FILE, ITEMS_FILE)},
         "counts": {
             **counts,
             "users": len(events.user_ids),
@@ -125,8 +125,3 @@ def _train_events(events: Interactions, split: SplitPositions) -> IntArray:
     position = np.arange(len(events)) - events.offsets()[:-1][events.users_E]
     in_training = position < split.train_end[events.users_E]
     return np.bincount(events.items_E[in_training], minlength=len(events.item_ids))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

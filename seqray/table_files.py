@@ -13,7 +13,8 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from seqray.errors import DataError
-from seqray.storage import is_uri, open_filesystem
+from seqray.locations import is_uri
+from seqray.storage import open_filesystem
 
 Format = Literal["parquet", "csv", "jsonl"]
 SUFFIXES: dict[str, Format] = {

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from seqray.errors import ConfigError
+from seqray.folder import Folder
 from seqray.program_config import TrackingConfig
 
 ENVIRONMENT_MODES = {
@@ -64,7 +65,9 @@ class Tracker:
         tags: tuple[str, ...],
         settings: Mapping[str, Any],
         limits: Limits = Limits(),
+        copy_to: Folder | None = None,
     ) -> None:
+        """copy_to: where the folder of an offline run goes at its end, since `folder` is on this machine alone."""
         self.mode = resolve_mode(config)
         self.run_folder: Path | None = None
         """Where W&B keeps this run on disk, once it is known; `wandb sync FOLDER` uploads it."""
@@ -73,7 +76,7 @@ class Tracker:
         self._run_id = run_id
         self._name, self._group, self._tags = name[:128], group[:128], tuple(tag[:64] for tag in tags)
         self._settings = dict(settings)
-        self._limits = limits
+        self._limits, self._copy_to = limits, copy_to
         self._changed = threading.Condition()
         self._records: deque[tuple[int, dict[str, float]]] = deque(maxlen=limits.records)
         self._summary: dict[str, Any] = {}
@@ -128,6 +131,9 @@ class Tracker:
             self.run_folder = Path(run.settings.sync_dir)
             _attempt(lambda: self._feed(run), f"W&B failed; {self._sync_later()}")
             _attempt(_flush, f"W&B failed; {self._sync_later()}")
+            if self._copy_to is not None and self.mode == "offline":
+                target, source = self._copy_to / self.run_folder.name, self.run_folder
+                _attempt(lambda: target.put(source), f"the offline run stays in {source}")
 
     def _start_offline(self) -> Any:
         if self.mode == "online":

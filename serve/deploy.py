@@ -9,7 +9,6 @@ import logging
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqray.command import end_in_order_on_sigterm
@@ -46,11 +45,13 @@ def start(config: Config) -> Deployment:
     A local cluster lives as long as this process. ConfigError or BundleError when something does not fit.
     """
     from seqray.bundle import Bundle
+    from seqray.cache import Cache
+    from seqray.folder import Folder
 
     if config.serve.bundle is None:
         raise ConfigError("serve.bundle: name the bundle to deploy, such as serve.bundle=.seqray/bundles/shop/RUN")
     trusted = config.component_types
-    bundle = Bundle.load(Path(config.serve.bundle).resolve(), trusted)
+    bundle = Bundle.load(str(Folder.at(config.serve.bundle)), trusted, Cache.of(config.cluster))
     is_local = connect(config)
     try:
         end_in_order_on_sigterm()  # also while the replicas start
@@ -87,18 +88,21 @@ def _run(config: Config, bundle: "Bundle", trusted: tuple[str, ...]) -> str:
     import ray.serve
     from ray.serve.exceptions import RayServeException
 
+    from seqray.cache import Cache
+
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve = config.serve
     ray.serve.start(http_options={"host": serve.host, "port": serve.port}, logging_config={"enable_access_log": False})
-    arguments = (str(bundle.folder), trusted, config.name, serve.device, math.ceil(serve.cpus_per_replica))
-    application = _deployment(config).bind(*arguments, serve.max_batch_size)
+    cache = Cache.of(config.cluster)  # each node has its own copy of a bundle behind a URI
+    arguments = (bundle.location, trusted, config.name, serve.device, math.ceil(serve.cpus_per_replica))
+    application = _deployment(config).bind(*arguments, serve.max_batch_size, cache)
     try:
         ray.serve.run(application, name=config.name, route_prefix="/")
     except RayServeException as error:
         raise ConfigError(f"name: {config.name!r} cannot be deployed: {_last_words(str(error))}") from error
     except RuntimeError as error:
         reason = _last_words(_status_message(config.name) or str(error))
-        raise BundleError(f"{bundle.folder}: the replicas did not become ready: {reason}") from error
+        raise BundleError(f"{bundle.location}: the replicas did not become ready: {reason}") from error
     return _url()
 
 

@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 
 from seqray.bundle import Bundle
+from seqray.cache import Cache
 from seqray.recommender import Recommender
 from serve.application import Service, build_application
 
@@ -18,8 +19,9 @@ class Replica:
         device: str,
         num_threads: int,
         max_batch_size: int,
+        cache: Cache | None = None,
     ) -> None:
-        recommender = Recommender(Bundle.load(bundle, trusted), device, num_threads)
+        recommender = Recommender(Bundle.load(bundle, trusted, cache), device, num_threads)
         self.service = Service(recommender, name, max_batch_size)
         self.service.warm_up()
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from seqray.config import Config
+from seqray.folder import Folder
 from train.job import Job
 from train.prepare import ensure_store
 from train.runs import choose_run
@@ -63,8 +64,9 @@ def killed(config: dict[str, Any], blow: Blow) -> None:
 def job_of(config: Config, folder: Path) -> Job:
     """A new run of the config, under `folder`."""
     store = ensure_store(config)
-    run, _ = choose_run(folder / "runs" / config.name, config, store.manifest["content_sha256"], code={})
-    return Job.of(config, run.next_attempt(), store.folder, folder, "group", echo=False)
+    output = Folder.at(folder)
+    run, _ = choose_run(output / "runs" / config.name, config, store.manifest["content_sha256"], code={})
+    return Job.of(config, run.next_attempt(), output, "group")
 
 
 def progress_in(folder: Path) -> dict[str, Any]:
@@ -92,12 +94,15 @@ def _work(job: dict[str, Any], rank: int, world: int, rendezvous: Path, results:
     import torch.distributed as dist
 
     from seqray.errors import SeqrayError
-    from train.worker import Place, work
+    from train.place import Place
+    from train.run_log import RunLog
+    from train.worker import work
 
+    log = RunLog(Folder.at(job["run_folder"]), echo=False)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     message = None
     try:
-        work(Job(**job), Place(rank, world, torch.device("cpu")), lambda _: None)
+        work(Job(**job), Place(rank, world, torch.device("cpu")), lambda _: None, log.say)
     except SeqrayError as error:
         message = str(error)
     results.put((rank, message))

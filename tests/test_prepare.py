@@ -305,7 +305,7 @@ def test_a_remote_log_and_store(tmp_path: Path, capsys: pytest.CaptureFixture[st
     filesystem, path = pafs.FileSystem.from_uri(f"{root}/log")
     filesystem.create_dir(path)
     pq.write_table(LOG, f"{path}/part.parquet", filesystem=filesystem)
-    settings = config(f"{root}/log", store=f"{root}/store").override({"output": str(tmp_path)})
+    settings = config(f"{root}/log", store=f"{root}/store").override({"cluster.cache_folder": str(tmp_path / "cache")})
     for _ in range(2):
         store = ensure_store(settings)
         assert histories(store) == {"a": [9, 11, 10, 9], "b": [10, 9, 11]}

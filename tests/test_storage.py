@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from seqray.cache import Cache
 from seqray.errors import DataError
-from seqray.storage import fetch, open_filesystem, publish, temporary_folder
+from seqray.storage import open_filesystem, publish, temporary_folder
 
 
 def write(target: str | Path, content: str) -> Path:
@@ -28,8 +29,8 @@ def test_publish_replaces_a_local_folder_and_leaves_nothing_behind(tmp_path: Pat
         publish(write(target, content), target)
         assert (target / "deep" / "data.txt").read_text() == content
     assert [path.name for path in target.parent.iterdir()] == ["store"]
-    assert fetch(target, tmp_path / "cache") == target
-    assert fetch(f"file://{target}", tmp_path / "cache") == target
+    assert Cache(tmp_path / "cache").fetch(target) == target
+    assert Cache(tmp_path / "cache").fetch(f"file://{target}") == target
 
 
 def test_publish_never_replaces_what_is_not_ours(tmp_path: Path) -> None:
@@ -49,15 +50,15 @@ def test_publish_wants_a_manifest(tmp_path: Path) -> None:
 
 def test_a_remote_folder_is_copied_once(tmp_path: Path, uri: str) -> None:
     publish(write(uri, "one"), uri)
-    copy = fetch(uri, tmp_path)
+    copy = Cache(tmp_path).fetch(uri)
     assert (copy / "deep" / "data.txt").read_text() == "one"
     (copy / "deep" / "data.txt").write_text("read from the cache")
-    assert fetch(uri, tmp_path) == copy
+    assert Cache(tmp_path).fetch(uri) == copy
     assert (copy / "deep" / "data.txt").read_text() == "read from the cache"
 
     publish(write(uri, "two"), uri)
-    assert (fetch(uri, tmp_path) / "deep" / "data.txt").read_text() == "two"
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert (Cache(tmp_path).fetch(uri) / "deep" / "data.txt").read_text() == "two"
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")]
 
 
 def test_a_remote_folder_without_manifest_does_not_count(tmp_path: Path, uri: str) -> None:
@@ -65,7 +66,7 @@ def test_a_remote_folder_without_manifest_does_not_count(tmp_path: Path, uri: st
     filesystem, path = open_filesystem(uri)
     filesystem.delete_file(f"{path}/manifest.json")
     with pytest.raises(DataError, match="nothing complete"):
-        fetch(uri, tmp_path)
+        Cache(tmp_path).fetch(uri)
     with pytest.raises(DataError, match="not replaced"):
         publish(write(uri, "two"), uri)
 
@@ -73,4 +74,4 @@ def test_a_remote_folder_without_manifest_does_not_count(tmp_path: Path, uri: st
 @pytest.mark.parametrize("uri", ["nosuch://bucket/x", "fsspec+nosuch://x"])
 def test_an_unknown_filesystem_is_named(uri: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nosuch"):
-        fetch(uri, tmp_path)
+        Cache(tmp_path).fetch(uri)

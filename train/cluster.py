@@ -5,14 +5,15 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from seqray.config import Config
 from seqray.errors import ConfigError
+from seqray.locations import join
+from seqray.storage import open_filesystem
 from train.finite import TrainingError
-from train.job import LOG_FILE, Job
-from train.narrator import write_line
+from train.job import Job
+from train.run_log import RunLog, collected, sender
 from train.worker import ray_worker
 
 ENVIRONMENT = {
@@ -72,10 +73,14 @@ def uses_gpu(config: Config) -> bool:
     return bool(ray.cluster_resources().get("GPU", 0) >= max(1, config.train.num_workers))
 
 
-def train_on_ray(job: Job, config: Config, callbacks: Sequence[Any] = ()) -> None:
+def train_on_ray(job: Job, config: Config, log: RunLog, callbacks: Sequence[Any] = ()) -> None:
     """Runs `job` on train.num_workers workers; a worker that dies is replaced and goes on from the last checkpoint."""
-    train = config.train
-    connect(config, train.num_workers * train.cpus_per_worker + 1)
+    connect(config, config.train.num_workers * config.train.cpus_per_worker + 1)
+    with collected(log) as mailbox:
+        _fit(job, config, mailbox, callbacks)
+
+
+def _fit(job: Job, config: Config, mailbox: Any, callbacks: Sequence[Any]) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -83,23 +88,26 @@ def train_on_ray(job: Job, config: Config, callbacks: Sequence[Any] = ()) -> Non
         """Writes to the run's log why workers are started again; lives in Ray's controller and must not raise."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(ray.exceptions.RayError):
                 for rank, error in sorted(worker_exceptions.items()):
                     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                    write_line(Path(job.run_folder) / LOG_FILE, f"worker {rank} failed: {reason[:300]}")
+                    sender(mailbox)(f"worker {rank} failed: {reason[:300]}")
 
+    train = config.train
+    storage, storage_path = open_filesystem(join(job.run_folder, "ray"))
     use_gpu = uses_gpu(config)
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     trainer = TorchTrainer(
         ray_worker,
-        train_loop_config=job.plain(),
+        train_loop_config={"job": job.plain(), "mailbox": mailbox},
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             # Our own checkpoints decide where a run goes on, so Ray must not know this name from before.
             name=f"attempt_{job.attempt}",
-            storage_path=f"{job.run_folder}/ray",
+            storage_path=storage_path,
+            storage_filesystem=storage,
             failure_config=ray.train.FailureConfig(
                 max_failures=train.max_failures, controller_failure_limit=START_UP_RETRIES
             ),

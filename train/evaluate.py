@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from seqray.command import JSON_FLAG, run_command, write_json
 from seqray.config import Config
@@ -25,6 +24,7 @@ def main(config: Config, arguments: argparse.Namespace) -> None:
 def evaluate_rows(config: Config) -> Rows:
     """Metrics by row: the bundle of `evaluate.bundle` when one is named, then the baselines."""
     from seqray.bundle import Bundle
+    from seqray.cache import Cache
     from seqray.evaluation import evaluate, model_scorer, with_split
     from train.baseline_rows import baseline_rows
     from train.fit import local_device
@@ -33,9 +33,9 @@ def evaluate_rows(config: Config) -> Rows:
     rows: Rows = {}
     split, store = config.evaluate.split, ensure_store(config)
     if config.evaluate.bundle:
-        bundle = Bundle.load(Path(config.evaluate.bundle), trusted=config.component_types)
+        bundle = Bundle.load(config.evaluate.bundle, config.component_types, Cache.of(config.cluster))
         if bundle.items.column("item_id").to_pylist() != store.items_table.column("item_id").to_pylist():
-            raise BundleError(f"{bundle.folder}: has other items than the store {store.folder}")
+            raise BundleError(f"{bundle.location}: has other items than the store {store.folder}")
         device = local_device(config.train.device)
         scorer = model_scorer(bundle.model().to(device), device)
         metrics = evaluate(scorer, store.queries(split), config.evaluate, store.num_items)

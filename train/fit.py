@@ -1,25 +1,25 @@
 """fit: from a config to a bundle, in this process or on the workers of a Ray cluster."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from seqray.bundle import Bundle
+from seqray.cache import Cache
 from seqray.config import Config
 from seqray.errors import ConfigError, DataError
+from seqray.folder import Folder
 from seqray.sequences import SequenceStore
 from seqray.tracking import resolve_mode
 from train.code import code_of
-from train.job import LOG_FILE, Job
-from train.narrator import echo_new_lines
+from train.job import Job
 from train.place import Place
 from train.prepare import ensure_store, open_store
-from train.runs import Run, absolute, choose_run, output_folder
+from train.run_log import RunLog
+from train.runs import Run, choose_run
 from train.worker import work
 
 
@@ -28,7 +28,7 @@ class Trial:
     """What a search adds to a run of its own."""
 
     id: str
-    search: Path
+    search: Folder
     """Folder of the search; its trials are runs in there."""
     on_validation: Callable[[Mapping[str, float]], None] = lambda _: None
     """Called with each validation's metrics when the run is in this process."""
@@ -43,7 +43,7 @@ def fit(config: Config, *, fresh: bool = False, accept_changes: bool = False, tr
     trial: makes or continues this very trial of a search, and prints nothing.
     Errors: ConfigError when the unfinished run was started with something else; DataError from the log.
     """
-    output = output_folder(config)
+    output, cache = Folder.at(config.output), Cache.of(config.cluster)
     in_process = config.train.num_workers == 0
     device = local_device(config.train.device) if in_process else None
     resolve_mode(config.tracking)  # a mistake in WANDB_MODE is told before anything starts
@@ -53,9 +53,9 @@ def fit(config: Config, *, fresh: bool = False, accept_changes: bool = False, tr
     with run.lock():
         run = run.next_attempt()
         if config.train.init_from and run.parent is None:
-            run = run.with_parent(Bundle.load(absolute(config.train.init_from), config.component_types).version)
+            run = run.with_parent(Bundle.load(config.train.init_from, config.component_types, cache).version)
         group = trial.search.name if trial else config.name
-        job = Job.of(config, run, absolute(store.folder), output, group, echo=in_process and not trial)
+        job = Job.of(config, run, output, group)
         if continued and not trial:
             print(f"continues run {run.id} (attempt {run.attempt}) in {run.folder}", flush=True)
         try:
@@ -64,22 +64,25 @@ def fit(config: Config, *, fresh: bool = False, accept_changes: bool = False, tr
             print(f"run {run.id} is unfinished; the same command goes on with it", flush=True)
             raise
         run.mark("finished")
-    return Bundle.load(Path(job.bundle), trusted=config.component_types)
+    return Bundle.load(job.bundle, config.component_types, cache)
 
 
 def _work(job: Job, config: Config, device: torch.device | None, trial: Trial | None) -> None:
     """In this process on `device`, or on Ray Train's workers when there is none."""
-    if device is not None:
-        work(job, Place(0, 1, device), trial.on_validation if trial else lambda _: None)
-        return
-    from train.cluster import train_on_ray
+    log = RunLog(Folder.at(job.run_folder), echo=trial is None)
+    try:
+        if device is not None:
+            work(job, Place(0, 1, device), trial.on_validation if trial else lambda _: None, log.say)
+        else:
+            from train.cluster import train_on_ray
 
-    with nullcontext() if trial else echo_new_lines(Path(job.run_folder) / LOG_FILE):
-        train_on_ray(job, config, trial.ray_callbacks if trial else ())
+            train_on_ray(job, config, log, trial.ray_callbacks if trial else ())
+    finally:
+        log.close()
 
 
 def _choose(
-    config: Config, store: SequenceStore, output: Path, fresh: bool, accept_changes: bool, trial: Trial | None
+    config: Config, store: SequenceStore, output: Folder, fresh: bool, accept_changes: bool, trial: Trial | None
 ) -> tuple[Run, bool]:
     choose = partial(
         choose_run, config=config, content=store.manifest["content_sha256"], code=code_of(config),

@@ -1,14 +1,11 @@
-"""What travels to a worker, as plain data with paths from the root."""
+"""What travels to a worker, as plain data with URIs and paths from the root."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from seqray.config import Config
-from train.runs import Content, Run, absolute
-
-LOG_FILE = "train.log"
-"""In the run's folder: the lines that tell how the run goes."""
+from seqray.folder import Folder
+from train.runs import Content, Run
 
 
 @dataclass(frozen=True)
@@ -20,6 +17,8 @@ class Job:
     run_folder: str
     run_id: str
     attempt: int
+    owner: str
+    """Which of the commands that took this attempt at the same time it was."""
     bundle: str
     """Where the bundle goes."""
     content: Content
@@ -28,30 +27,28 @@ class Job:
     """Bundle that the run starts from."""
     parent: str | None
     """Run id of that bundle."""
-    wandb: str
+    output: str
     """Offline W&B runs go to the folder `wandb` in here."""
     group: str
     """W&B group: the experiment, or the search that a trial belongs to."""
-    echo: bool
-    """The worker prints the lines of the run's log: it is the command's own process, and no trial among others."""
 
     @classmethod
-    def of(cls, config: Config, run: Run, store: Path, output: Path, group: str, *, echo: bool) -> Self:
+    def of(cls, config: Config, run: Run, output: Folder, group: str) -> Self:
         """The job of `run`; its bundle goes to `<output>/bundles/<name>/<run id>`."""
         source = config.train.init_from
         return cls(
             config=config.plain(),
-            store=str(store),
+            store=str(Folder.at(config.data.store)),
             run_folder=str(run.folder),
             run_id=run.id,
             attempt=run.attempt,
+            owner=run.owner,
             bundle=str(output / "bundles" / config.name / run.id),
             content=run.content,
             parent=run.parent,
-            init_from=None if source is None else str(absolute(source)),
-            wandb=str(output),
+            init_from=None if source is None else str(Folder.at(source)),
+            output=str(output),
             group=group,
-            echo=echo,
         )
 
     def plain(self) -> dict[str, Any]:

@@ -1,11 +1,8 @@
-"""Tells how a run goes: lines on the terminal and metrics in W&B, from the first worker only."""
+"""Tells how a run goes: lines in its log and metrics in W&B, from the first worker only."""
 
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,16 +12,17 @@ from seqray.sequences import SequenceStore
 from seqray.tracking import Tracker
 from train.job import Job
 from train.objective import uses_bf16
+from train.run_log import Say
 from train.state import Progress
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
 class Narrator:
-    """Writes to the run's log; `echo` prints the lines too. Silent (log is None) on all workers but the first."""
+    """Says lines to the run's log; silent (say is None) on all workers but the first."""
 
-    def __init__(self, log: Path | None, echo: bool, tracker: Tracker | None) -> None:
-        self._log_path, self._echo, self._tracker = log, echo, tracker
+    def __init__(self, say: Say | None, tracker: Tracker | None) -> None:
+        self._to_log, self._tracker = say, tracker
         self._steps, self._epochs = 1, 1
         self._restart_clock()
 
@@ -65,7 +63,7 @@ class Narrator:
         self._tokens += step.global_tokens
         self._steps_since += 1
         seconds = time.perf_counter() - self._since
-        if self._log_path is None or seconds < SECONDS_BETWEEN_LINES:
+        if self._to_log is None or seconds < SECONDS_BETWEEN_LINES:
             return
         speed = self._tokens / seconds
         left = ((self._epochs - progress.epoch) * self._steps - progress.step) * seconds / self._steps_since
@@ -108,40 +106,9 @@ class Narrator:
         self._since, self._tokens, self._steps_since = time.perf_counter(), 0, 0
 
     def _say(self, line: str) -> None:
-        if self._log_path is not None:
-            write_line(self._log_path, line)
-            if self._echo:
-                print(line, flush=True)
+        if self._to_log is not None:
+            self._to_log(line)
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         if self._tracker is not None:
             self._tracker.log(metrics, step)
-
-
-def write_line(log: Path, line: str) -> None:
-    """Appends a line to a run's log."""
-    with log.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
-@contextmanager
-def echo_new_lines(log: Path) -> Iterator[None]:
-    """Prints what is added to the log meanwhile: the lines of a worker that runs elsewhere."""
-    log.touch()
-    over = threading.Event()
-    thread = threading.Thread(target=_follow, args=(log, log.stat().st_size, over), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def _follow(log: Path, start: int, over: threading.Event) -> None:
-    with log.open(encoding="utf-8") as file:
-        file.seek(start)
-        last_look = False
-        while not last_look:
-            last_look = over.wait(0.2)
-            print(file.read(), end="", flush=True)

@@ -5,14 +5,14 @@ import json
 import shutil
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqray.command import next_command, run_command
 from seqray.config import Config
 from seqray.data_config import DataConfig
 from seqray.errors import DataError
-from seqray.storage import fetch, is_uri, open_filesystem, publish, read_manifest_bytes, temporary_folder
+from seqray.locations import join
+from seqray.storage import open_filesystem, publish, read_manifest_bytes, temporary_folder
 
 if TYPE_CHECKING:
     from seqray.log_reader import Log
@@ -32,11 +32,11 @@ def ensure_store(config: Config) -> "SequenceStore":
 
 
 def open_store(config: Config) -> "SequenceStore":
-    """The prepared store of `config` as it is, from a copy in the cache when it is remote."""
+    """The prepared store of `config` as it is, from this node's copy when it is remote."""
+    from seqray.cache import Cache
     from seqray.sequences import SequenceStore
 
-    cache = Path(".seqray" if is_uri(config.output) else config.output) / "cache"
-    return SequenceStore(fetch(config.data.store, cache))
+    return SequenceStore(Cache.of(config.cluster).fetch(config.data.store))
 
 
 def prepare_store(config: Config) -> dict[str, Any]:
@@ -92,7 +92,8 @@ def _check_bad_share(log: "Log", data: DataConfig) -> None:
         return
     from seqray.store_writer import BAD_ROWS_FILE, write_bad_rows, write_manifest
 
-    target = f"{data.store.rstrip('/')}.rejected"
+    place, mark, options = data.store.partition("?")
+    target = f"{place.rstrip('/')}.rejected{mark}{options}"
     folder = temporary_folder(target)
     try:
         write_bad_rows(folder, log.bad_rows)
@@ -103,7 +104,7 @@ def _check_bad_share(log: "Log", data: DataConfig) -> None:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in log.quarantined.items())
     raise DataError(
         f"{data.path}: {log.bad_rows.num_rows:,} of {log.rows_read:,} rows are bad ({share:.2%}; {reasons}), "
-        f"data.max_bad_share is {data.max_bad_share:.2%}; see {target}/{BAD_ROWS_FILE}"
+        f"data.max_bad_share is {data.max_bad_share:.2%}; see {join(target, BAD_ROWS_FILE)}"
     )
 
 

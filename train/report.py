@@ -40,6 +40,6 @@ def bundle_rows(bundle: Bundle, split: str) -> dict[str, dict[str, float]]:
 def finish_command(bundle: Bundle, arguments: argparse.Namespace) -> None:
     """Prints what a train run or a search made and the command that serves it; writes the same as JSON."""
     print_metrics(f"test, full ranking over {len(bundle.vocabulary):,} items", bundle_rows(bundle, "test"))
-    print(f"bundle: {bundle.folder}\nnext:   {next_command('serve', arguments, f'serve.bundle={bundle.folder}')}")
+    print(f"bundle: {bundle.location}\nnext:   {next_command('serve', arguments, f'serve.bundle={bundle.location}')}")
     if arguments.json:
-        write_json(arguments.json, {"bundle": str(bundle.folder), "metrics": bundle.metrics})
+        write_json(arguments.json, {"bundle": bundle.location, "metrics": bundle.metrics})

@@ -1,4 +1,4 @@
-"""Runs on disk: which one a command continues, and which command may write to it."""
+"""Runs in their folders, local or behind a URI: which one a command continues, and which command may write to it."""
 
 import fcntl
 import json
@@ -6,15 +6,13 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal, Self
 
-from seqray.command import write_json
 from seqray.config import Config
 from seqray.errors import ConfigError, SeqrayError
-from seqray.storage import is_uri
+from seqray.folder import Folder
 from train.code import Code, code_differences
 
 FREE_TO_CHANGE = (
@@ -30,6 +28,7 @@ The content of the store stands for data.path.
 
 Content = Mapping[str, str]
 """File of the prepared store -> its sha256."""
+RECORD_FILE = "run.json"
 Status = Literal["unfinished", "finished", "abandoned"]
 
 
@@ -37,7 +36,7 @@ Status = Literal["unfinished", "finished", "abandoned"]
 class Run:
     """A run (or a search) and its folder; `run.json` in it is the record."""
 
-    folder: Path
+    folder: Folder
     id: str
     name: str
     config: dict[str, Any]
@@ -47,6 +46,8 @@ class Run:
     status: Status = "unfinished"
     attempt: int = 0
     """Counts the commands that worked on the run; an older attempt's workers no longer write."""
+    owner: str = ""
+    """Drawn anew for each attempt, so that two commands that take one number at once are told apart."""
     created: str = ""
     parent: str | None = None
     """Run id of the bundle that the run started from."""
@@ -56,18 +57,18 @@ class Run:
     """What was changed while it was unfinished, and accepted."""
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Folder | str | os.PathLike[str]) -> Self:
         """The run in `folder`; ConfigError when its record cannot be read."""
+        folder = folder if isinstance(folder, Folder) else Folder.at(folder)
         try:
-            return cls(folder, **json.loads((folder / "run.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{folder / 'run.json'}: not the record of a run: {error}") from error
+            return cls(folder, **json.loads(folder.read_text(RECORD_FILE) or ""))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{folder / RECORD_FILE}: not the record of a run: {error}") from error
 
     def save(self) -> Self:
         """Writes the record and gives the run back."""
-        record = asdict(self)
-        del record["folder"]
-        write_json(self.folder / "run.json", record)
+        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "folder"}
+        self.folder.write_text(RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return self
 
     def mark(self, status: Status) -> Self:
@@ -79,7 +80,8 @@ class Run:
         current = self.load(self.folder)
         if current.status != self.status:
             raise ConfigError(f"{self.folder}: another command has {current.status} this run meanwhile; start again")
-        return replace(current, attempt=current.attempt + 1, status="unfinished").save()
+        owner = secrets.token_hex(4)
+        return replace(current, attempt=current.attempt + 1, owner=owner, status="unfinished").save()
 
     def with_parent(self, parent: str) -> Self:
         """The run with the run id of the bundle it starts from, saved: the bundle itself may go later."""
@@ -87,12 +89,20 @@ class Run:
 
     def has_learnt(self) -> bool:
         """Whether there is a checkpoint, or the trials of a search, that a new start would lose."""
-        return any(self.folder.glob("checkpoints/step_*")) or (self.folder / "tune").exists()
+        checkpoints = (self.folder / "checkpoints").names()
+        return any(name.startswith("step_") for name in checkpoints) or "tune" in self.folder.names()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held by the command that works on the run; a second command gets a ConfigError."""
-        with (self.folder / "lock").open("w") as file:
+        """Held by the command that works on the run; a second command gets a ConfigError.
+
+        Behind a URI nothing can be locked: there a second command takes the run over, and the first one ends before
+        its next checkpoint (`check_attempt`).
+        """
+        if not self.folder.is_local:
+            yield
+            return
+        with (self.folder.path / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -104,15 +114,19 @@ class StaleAttempt(SeqrayError):
     """A newer command has taken the run over."""
 
 
-def check_attempt(folder: Path, attempt: int) -> None:
-    """Raises StaleAttempt when a newer command continues the run, so that two never write one checkpoint folder."""
-    current = Run.load(folder).attempt
-    if current != attempt:
-        raise StaleAttempt(f"{folder}: attempt {current} has taken over from attempt {attempt}")
+def check_attempt(folder: str, attempt: int, owner: str) -> None:
+    """Raises StaleAttempt when a newer command continues the run, so that no two go on writing checkpoints.
+
+    Of commands that take a run over at the same time the last one to write the record goes on. A write that began
+    before the record changed may still end after it: it is complete, and of the same run at an earlier step.
+    """
+    current = Run.load(folder)
+    if (current.attempt, current.owner) != (attempt, owner):
+        raise StaleAttempt(f"{folder}: attempt {current.attempt} has taken over from attempt {attempt}")
 
 
 def choose_run(
-    root: Path,
+    root: Folder,
     config: Config,
     content: Content,
     *,
@@ -129,7 +143,8 @@ def choose_run(
     run is never touched: a new one is made. `fresh` abandons the unfinished one. run_id: this very run (a trial),
     finished or not. ignore: further paths that may differ.
     """
-    runs = [Run.load(path.parent) for path in sorted(root.glob(f"{run_id or '*'}/run.json"))]
+    names = [run_id] if run_id else root.names()
+    runs = [Run.load(root / name) for name in names if RECORD_FILE in (root / name).names()]
     going = [run for run in runs if run.status == "unfinished" or run.id == run_id]
     if going:
         run, lines = going[-1], _differences(going[-1], config, content, code, ignore)
@@ -148,10 +163,14 @@ def choose_run(
             run.mark("abandoned")
     now = datetime.now(UTC)
     new_id = run_id or f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    folder = root / new_id
-    folder.mkdir(parents=True, exist_ok=True)
     return Run(
-        folder, new_id, config.name, config.plain(), content, created=now.isoformat(timespec="seconds"), code=dict(code)
+        root / new_id,
+        new_id,
+        config.name,
+        config.plain(),
+        content,
+        created=now.isoformat(timespec="seconds"),
+        code=dict(code),
     ).save(), False
 
 
@@ -185,15 +204,3 @@ def differences(
         else:
             lines.append(f"{path}: {before!r} -> {after!r}")
     return lines
-
-
-def absolute(path: str | os.PathLike[str]) -> Path:
-    """The path from the root: workers do not share the command's working folder."""
-    return Path(path).expanduser().absolute()
-
-
-def output_folder(config: Config) -> Path:
-    """`config.output` from the root; ConfigError when it is no folder of a file system."""
-    if is_uri(config.output):
-        raise ConfigError(f"output: {config.output!r} is a URI; runs need a local folder, or one that all nodes share")
-    return absolute(config.output)

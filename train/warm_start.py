@@ -1,7 +1,5 @@
 """Fine-tuning: a new run that starts from the weights of a bundle, over its own items."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -12,21 +10,22 @@ from seqray.models.protocol import Module
 from seqray.vocabulary import ItemVocabulary
 
 
-def start_from_bundle(model: Module, folder: Path, trusted: tuple[str, ...], vocabulary: ItemVocabulary) -> int:
+def start_from_bundle(model: Module, bundle: Bundle, vocabulary: ItemVocabulary) -> int:
     """Copies the bundle's weights into `model` and gives back how many items it knew.
 
     Rows of what holds a row for each item are matched by item_id, those of categories and event types by their text;
     a row that the bundle does not know keeps its first weights. BundleError when a tensor is missing or of another
-    size, or the bundle names code that is not `trusted`.
+    size.
     """
-    bundle = Bundle.load(folder, trusted)
     old_rows = row_names(bundle.model(), bundle.vocabulary)
     new_rows = row_names(model, vocabulary)
     for name, tensor in model.state_dict().items():
         given, names = bundle.state.get(name), new_rows.get(name)
         matched = names is not None and name in old_rows
         if given is None or given.shape[int(matched) :] != tensor.shape[int(matched) :]:
-            raise BundleError(f"{folder}: {name} is {_shape(given)}, the model of this config needs {_shape(tensor)}")
+            raise BundleError(
+                f"{bundle.location}: {name} is {_shape(given)}, the model of this config needs {_shape(tensor)}"
+            )
         if names is None or not matched:
             tensor.copy_(given)
         else:

@@ -1,5 +1,6 @@
 """One worker of a run: what it builds, trains and writes."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -11,24 +12,29 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seqray.bundle import Bundle
+from seqray.cache import Cache
 from seqray.config import Config
 from seqray.errors import BundleError, ConfigError, DataError, SeqrayError
 from seqray.evaluation import Part
+from seqray.folder import Folder
+from seqray.locations import join
 from seqray.losses import build_loss
 from seqray.memory import keep_freed_memory
 from seqray.models.protocol import build_model
 from seqray.negatives import Popularity
 from seqray.sequences import SequenceStore
+from seqray.storage import MANIFEST_FILE, publish
 from seqray.tracking import Tracker
 from train.blocks import checkpoint_blocks
 from train.checkpoint_writer import CheckpointWriter
 from train.checkpoints import Checkpoints
 from train.finite import TrainingError
-from train.job import LOG_FILE, Job
-from train.narrator import Narrator, write_line
+from train.job import Job
+from train.narrator import Narrator
 from train.objective import Objective
 from train.optimizer import build_optimizer
 from train.place import Place, sum_over_workers
+from train.run_log import Say, sender
 from train.runs import StaleAttempt, check_attempt
 from train.state import TrainState
 from train.trainer import Trainer
@@ -37,15 +43,18 @@ from train.warm_start import start_from_bundle
 Report = Callable[[Mapping[str, float]], None]
 
 
-def ray_worker(plain_job: dict[str, Any]) -> str | None:
-    """The function that Ray Train calls in each worker; gives back the message of an error that a retry cannot mend."""
+def ray_worker(given: dict[str, Any]) -> str | None:
+    """The function that Ray Train calls in each worker; gives back the message of an error that a retry cannot mend.
+
+    given: the `job` as plain data, and the `mailbox` of the run's log.
+    """
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     try:
-        work(Job(**plain_job), place, lambda metrics: ray.train.report(dict(metrics)))
+        work(Job(**given["job"]), place, lambda metrics: ray.train.report(dict(metrics)), sender(given["mailbox"]))
     except StaleAttempt:
         raise  # of the first worker alone: the others must not wait for it
     except SeqrayError as error:
@@ -53,34 +62,36 @@ def ray_worker(plain_job: dict[str, Any]) -> str | None:
     return None
 
 
-def work(job: Job, place: Place, report: Report) -> None:
+def work(job: Job, place: Place, report: Report, say: Say) -> None:
     """Trains, evaluates on test and writes the bundle; goes on from the newest checkpoint of the run.
 
-    `report` gets the metrics of every validation, on all workers alike.
+    `report` gets the metrics of every validation, on all workers alike; `say` takes the lines of the run's log.
     """
     config = Config.parse(job.config)
     settle(place, config.train.cpus_per_worker)
-    with all_or_none(job, place):
-        store = store_of(job)
+    with all_or_none(place, say):
+        store = store_of(job, config)
         torch.manual_seed(config.seed)
         model = build_model(config.model, store.catalogue).to(place.device)
         state = TrainState(model, build_optimizer(model, config.train))
-        checkpoints = Checkpoints.at(Path(job.run_folder) / "checkpoints", config.train.keep_checkpoints)
+        checkpoints = Checkpoints.at(join(job.run_folder, "checkpoints"), config.train.keep_checkpoints)
         checkpoint, passed_over = go_on(state, checkpoints)
         if config.train.activation_checkpointing:
             checkpoint_blocks(model)
         known = None
         if checkpoint is None and job.init_from:
-            known = start_from_bundle(model, Path(job.init_from), config.component_types, store.vocabulary)
+            parent = Bundle.load(job.init_from, config.component_types, Cache.of(config.cluster))
+            known = start_from_bundle(model, parent, store.vocabulary)
     objective: nn.Module = Objective(
         model, build_loss(config.loss), store.num_items, config.train.precision, Popularity.of(store.catalogue)
     )
     if place.world > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-    narrator = _narrator(job, config, place)
+    narrator = _narrator(job, config, place, say)
     writer = None
     if place.rank == 0:
-        writer = CheckpointWriter(checkpoints, partial(check_attempt, Path(job.run_folder), job.attempt), narrator.tell)
+        still_ours = partial(check_attempt, job.run_folder, job.attempt, job.owner)
+        writer = CheckpointWriter(checkpoints, still_ours, narrator.tell)
     try:
         narrator.start(job, model, store, place.device.type, place.world)
         narrator.origin(job, checkpoint, passed_over, known)
@@ -89,7 +100,7 @@ def work(job: Job, place: Place, report: Report) -> None:
         trainer.train(report)
         metrics = trainer.final_metrics()
         if place.rank == 0:
-            check_attempt(Path(job.run_folder), job.attempt)
+            check_attempt(job.run_folder, job.attempt, job.owner)
             save_bundle(job, config, store, state, metrics)
             narrator.summary({**metrics, "bundle": job.bundle})
     except BaseException:
@@ -126,7 +137,7 @@ def settle(place: Place, threads: int) -> None:
 
 
 @contextmanager
-def all_or_none(job: Job, place: Place) -> Iterator[None]:
+def all_or_none(place: Place, say: Say) -> Iterator[None]:
     """What fails in here on one worker fails on all, so that nobody waits for one that gave up."""
     problem: SeqrayError | None = None
     try:
@@ -134,7 +145,7 @@ def all_or_none(job: Job, place: Place) -> Iterator[None]:
     except SeqrayError as error:
         problem = error
         if place.rank:
-            write_line(Path(job.run_folder) / LOG_FILE, f"worker {place.rank} cannot start: {error}")
+            say(f"worker {place.rank} cannot start: {error}")
     failed = sum_over_workers(place)(torch.tensor([int(problem is not None)]))
     if problem is not None:
         raise problem
@@ -142,9 +153,9 @@ def all_or_none(job: Job, place: Place) -> Iterator[None]:
         raise TrainingError("another worker could not start; the run's log says why")
 
 
-def store_of(job: Job) -> SequenceStore:
-    """The store of the job; DataError when it is not the one that the run began with."""
-    store = SequenceStore(job.store)
+def store_of(job: Job, config: Config) -> SequenceStore:
+    """The store of the job, from this node's copy when it is remote; DataError when the run began with another one."""
+    store = SequenceStore(Cache.of(config.cluster).fetch(job.store))
     if store.manifest["content_sha256"] != job.content:
         raise DataError(f"{job.store}: has changed since the run began")
     return store
@@ -152,21 +163,30 @@ def store_of(job: Job) -> SequenceStore:
 
 def save_bundle(job: Job, config: Config, store: SequenceStore, state: TrainState, metrics: Mapping[str, Any]) -> None:
     """Writes the bundle unless a former attempt already did; a model may say how it is built where it is served."""
-    if not Path(job.bundle).exists():
-        served_config = getattr(state.model, "served_config", None)
-        if served_config is not None:
-            config = config.model_copy(update={"model": served_config()})
+    target = Folder.at(job.bundle)
+    if MANIFEST_FILE in target.names():
+        return
+    served_config = getattr(state.model, "served_config", None)
+    if served_config is not None:
+        config = config.model_copy(update={"model": served_config()})
+    with tempfile.TemporaryDirectory(prefix="seqray-") as temporary:
+        folder = target.path if target.is_local else Path(temporary) / job.run_id
         Bundle.save(
-            job.bundle, config=config, state=state.best, items=store.items_table, metrics=metrics,
+            folder, config=config, state=state.best, items=store.items_table, metrics=metrics,
             data_fingerprint=job.content, run_id=job.run_id, curve=state.progress.history, parent=job.parent,
         )  # fmt: skip
+        if not target.is_local:
+            target.clear()  # what a killed attempt left half done
+            publish(folder, job.bundle)
 
 
-def _narrator(job: Job, config: Config, place: Place) -> Narrator:
+def _narrator(job: Job, config: Config, place: Place, say: Say) -> Narrator:
     if place.rank:
-        return Narrator(None, echo=False, tracker=None)
+        return Narrator(None, None)
+    output = Folder.at(job.output)
     tracker = Tracker(
-        config.tracking, Path(job.wandb), run_id=job.run_id, name=job.run_id, group=job.group,
-        tags=(config.model.type, config.loss.type), settings=job.config,
+        config.tracking, output.path if output.is_local else Cache.of(config.cluster).folder, run_id=job.run_id,
+        name=job.run_id, group=job.group, tags=(config.model.type, config.loss.type), settings=job.config,
+        copy_to=None if output.is_local else output / "wandb",
     )  # fmt: skip
-    return Narrator(Path(job.run_folder) / LOG_FILE, job.echo, tracker)
+    return Narrator(say, tracker)

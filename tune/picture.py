@@ -1,5 +1,6 @@
 """The picture of a search: the metric over the trials, and over each searched value."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from seqray.folder import Folder
 from tune.trials import TrialRow
 
+PICTURE_FILE = "search.png"
 COLORS = {"finished": "tab:blue", "stopped early": "tab:orange", "failed": "tab:red", "interrupted": "tab:gray"}
 
 
-def draw_search(search: Path, rows: Sequence[TrialRow], monitor: str) -> Path:
+def draw_search(search: Folder, rows: Sequence[TrialRow], monitor: str) -> Folder:
     """Writes `search.png`: the best so far over the trials, then one panel for each searched path."""
     seen = [row for row in rows if row.best >= 0]
     keys = list(dict.fromkeys(key for row in rows for key in row.sample))
@@ -29,9 +32,10 @@ def draw_search(search: Path, rows: Sequence[TrialRow], monitor: str) -> Path:
         _scatter(axis, seen, [row.sample[key] for row in seen])
         axis.set_xlabel(key)
     FigureCanvasAgg(figure)
-    path = search / "search.png"
-    figure.savefig(path, dpi=110)
-    return path
+    with tempfile.TemporaryDirectory(prefix="seqray-") as temporary:
+        figure.savefig(Path(temporary) / PICTURE_FILE, dpi=110)
+        search.put(Path(temporary))
+    return search / PICTURE_FILE
 
 
 def _scatter(axis: Axes, rows: Sequence[TrialRow], values: list[Any]) -> None:

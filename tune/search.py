@@ -1,17 +1,18 @@
 """search: from a config with `tune.space` to the bundle of the best trial."""
 
-from pathlib import Path
 from typing import Any
 
 from seqray.bundle import Bundle
+from seqray.cache import Cache
 from seqray.config import Config
 from seqray.errors import ConfigError, SeqrayError
-from seqray.storage import is_uri
+from seqray.folder import Folder
+from seqray.storage import open_filesystem
 from train.cluster import connect, uses_gpu
 from train.code import code_of
 from train.fit import check_targets
 from train.prepare import ensure_store
-from train.runs import Run, absolute, choose_run, output_folder
+from train.runs import Run, choose_run
 from tune.picture import draw_search
 from tune.strategy import domain, tune_config
 from tune.trial import run_trial
@@ -34,7 +35,7 @@ def search(config: Config, *, fresh: bool = False, accept_changes: bool = False)
     """
     if not config.tune.space:
         raise ConfigError("tune.space: nothing to search; give it paths such as train.learning_rate")
-    output = output_folder(config)
+    output = Folder.at(config.output)
     store = ensure_store(config)
     check_targets(store)
     root = output / "searches" / config.name
@@ -44,7 +45,7 @@ def search(config: Config, *, fresh: bool = False, accept_changes: bool = False)
     with run.lock():
         run = run.next_attempt()
         print(f"{'continues ' if continued else ''}search {run.id} in {run.folder}", flush=True)
-        _run_trials(config, run, accept_changes)
+        _run_trials(config, run, output / "bundles" / config.name, accept_changes)
         rows = read_trials(run.folder)
         print_trials(rows, config.train.monitor)
         unfinished = [row for row in rows if row.status == "interrupted"]
@@ -58,10 +59,10 @@ def search(config: Config, *, fresh: bool = False, accept_changes: bool = False)
         raise SearchError(f"{run.folder}: no trial finished; the first error: {error}")
     assert winner.bundle is not None
     print(f"winner: trial {winner.number}, {config.train.monitor} {winner.best:.4f}, {winner.sample}")
-    return Bundle.load(Path(winner.bundle), trusted=config.component_types)
+    return Bundle.load(winner.bundle, config.component_types, Cache.of(config.cluster))
 
 
-def _run_trials(config: Config, run: Run, accept_changes: bool) -> None:
+def _run_trials(config: Config, run: Run, bundles: Folder, accept_changes: bool) -> None:
     nested = config.train.num_workers > 1
     workers = config.train.num_workers * config.train.cpus_per_worker
     connect(config, workers + 1 if nested else config.train.cpus_per_worker, state_api=nested)
@@ -75,9 +76,10 @@ def _run_trials(config: Config, run: Run, accept_changes: bool) -> None:
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(run_trial, job=_job(config, run, accept_changes)), resources
     )
-    path = run.folder / "tune"
-    if ray.tune.Tuner.can_restore(str(path)):
-        tuner = ray.tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True)
+    storage, folder = open_filesystem(str(run.folder))
+    path = f"{folder}/tune"
+    if ray.tune.Tuner.can_restore(path, storage):
+        tuner = ray.tune.Tuner.restore(path, trainable, resume_unfinished=True, storage_filesystem=storage)
     else:
         at_once = config.tune.max_concurrent or _places(config, nested, use_gpu)
         tuner = ray.tune.Tuner(
@@ -86,9 +88,10 @@ def _run_trials(config: Config, run: Run, accept_changes: bool) -> None:
             tune_config=tune_config(config, at_once),
             run_config=ray.tune.RunConfig(
                 name="tune",
-                storage_path=str(run.folder),
+                storage_path=folder,
+                storage_filesystem=storage,
                 verbose=0,
-                callbacks=[Recorder(run.folder, config.train.monitor, int(config.tune.search == "optuna"))],
+                callbacks=[Recorder(run.folder, bundles, config.train.monitor, int(config.tune.search == "optuna"))],
             ),
         )
     tuner.fit()
@@ -97,7 +100,7 @@ def _run_trials(config: Config, run: Run, accept_changes: bool) -> None:
 def _job(config: Config, run: Run, accept_changes: bool) -> dict[str, Any]:
     paths = {"output": config.output, "data.store": config.data.store, "train.init_from": config.train.init_from}
     # A trial's process has another working folder.
-    rooted = {key: str(absolute(path)) for key, path in paths.items() if path is not None and not is_uri(path)}
+    rooted = {key: str(Folder.at(path)) for key, path in paths.items() if path is not None}
     plain = config.override(rooted).plain()
     return {"config": plain, "search": str(run.folder), "accept_changes": accept_changes}
 

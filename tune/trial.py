@@ -1,7 +1,6 @@
 """One trial: the very `fit` of a train run, with some values of the config replaced."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 
@@ -15,10 +14,11 @@ def run_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from seqray.config import Config
+    from seqray.folder import Folder
     from train.fit import Trial, fit
 
     config = Config.parse(job["config"]).override(sample, "sample")
-    search = Path(job["search"])
+    search = Folder.at(job["search"])
     trial_id = f"{search.name}-{ray.tune.get_context().get_trial_id()}"
     if config.train.num_workers > 1:
         trial = Trial(trial_id, search, ray_callbacks=(TuneReportCallback(),))

@@ -3,14 +3,13 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import ray.tune
 from rich.console import Console
 from rich.table import Table
 
-from seqray.command import write_json
+from seqray.folder import Folder
 from train.runs import Run
 
 TRIALS_FILE = "trials.json"
@@ -38,9 +37,9 @@ class Recorder(ray.tune.Callback):  # type: ignore[misc]
     It goes to disk because a search that is continued gets a copy of this object, not the object itself.
     """
 
-    def __init__(self, folder: Path, monitor: str, first_tag: int) -> None:
-        """first_tag: what Ray counts the trials from, which depends on the sampler."""
-        self._folder, self._monitor, self._first_tag = folder, monitor, first_tag
+    def __init__(self, search: Folder, bundles: Folder, monitor: str, first_tag: int) -> None:
+        """bundles: where the trials put theirs. first_tag: what Ray counts the trials from, by the sampler."""
+        self._search, self._bundles, self._monitor, self._first_tag = search, bundles, monitor, first_tag
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -58,16 +57,18 @@ class Recorder(ray.tune.Callback):  # type: ignore[misc]
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """All trials are over, or the search was interrupted."""
         rows = sorted((self._row(self._number(trial), trial) for trial in trials), key=lambda row: row.number)
-        write_json(self._folder / TRIALS_FILE, [asdict(row) for row in rows])
+        self._search.write_text(
+            TRIALS_FILE, json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n"
+        )
 
     def _row(self, number: int, trial: Any) -> TrialRow:
         status: Status = "failed" if trial.status == "ERROR" else "interrupted"
         bundle = None
         if trial.status == "TERMINATED":
-            run = self._folder / "trials" / f"{self._folder.name}-{trial.trial_id}"
-            finished = Run.load(run).status == "finished"
+            run_id = f"{self._search.name}-{trial.trial_id}"
+            finished = Run.load(self._search / "trials" / run_id).status == "finished"
             status = "finished" if finished else "stopped early"
-            bundle = str(self._bundle(run)) if finished else None
+            bundle = str(self._bundles / run_id) if finished else None
         best = trial.metric_analysis.get(self._monitor, {}).get("max", -1.0)
         last = trial.last_result or {}
         error = _last_line(trial.get_error()) if status == "failed" else None
@@ -78,14 +79,10 @@ class Recorder(ray.tune.Callback):  # type: ignore[misc]
         """From 1, in the order of the samples; Ray's own list changes its order when a search is continued."""
         return int(trial.experiment_tag.split("_")[0]) - self._first_tag + 1
 
-    def _bundle(self, run: Path) -> Path:
-        name = self._folder.parent.name
-        return self._folder.parents[2] / "bundles" / name / run.name
 
-
-def read_trials(search: Path) -> list[TrialRow]:
+def read_trials(search: Folder) -> list[TrialRow]:
     """The rows that the Recorder wrote, in the order of their numbers."""
-    return [TrialRow(**row) for row in json.loads((search / TRIALS_FILE).read_text(encoding="utf-8"))]
+    return [TrialRow(**row) for row in json.loads(search.read_text(TRIALS_FILE) or "[]")]
 
 
 def print_trials(rows: Sequence[TrialRow], monitor: str) -> None:
