@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from seqray.gradients import Gradients, minus_log, product_type
 from seqray.models.protocol import Prediction
+from seqray.native.cross_entropy import by_kernel
 from seqray.samples import Targets
 
 ROWS = 64
@@ -65,11 +66,16 @@ class _FullCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_PD: Tensor, weights_VD: Tensor, values_M: Tensor | None, places: Places) -> Tensor:
         dtype = product_type(hidden_PD)
+        wanted = any(ctx.needs_input_grad)
         with torch.autocast(hidden_PD.device.type, enabled=False):
-            gradients = Gradients(hidden_PD, weights_VD, values_M) if any(ctx.needs_input_grad) else None
-            loss = _over_chunks(hidden_PD.to(dtype), weights_VD.to(dtype), values_M, places, gradients)
-        ctx.gradients = gradients
-        return loss
+            if dtype == torch.bfloat16 and values_M is None:
+                found = by_kernel(hidden_PD, weights_VD, *places[:3], places.chunk, wanted)
+                if found is not None:
+                    loss, of_hidden, of_weights = found
+                    ctx.gradients = Gradients(of_hidden.to(hidden_PD.dtype), of_weights, None, weights_VD.dtype)
+                    return loss
+            ctx.gradients = Gradients.of(hidden_PD, weights_VD, values_M) if wanted else None
+            return _over_chunks(hidden_PD.to(dtype), weights_VD.to(dtype), values_M, places, ctx.gradients)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

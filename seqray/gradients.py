@@ -14,11 +14,15 @@ PRODUCT_ELEMENTS = 2**22
 class Gradients:
     """Slopes of the loss over the inputs, filled chunk by chunk; they are spent by one backward pass."""
 
-    def __init__(self, hidden_RD: Tensor, weights_VD: Tensor, values_M: Tensor | None) -> None:
-        self._weights_type = weights_VD.dtype
+    def __init__(self, hidden: Tensor, weights_VD: Tensor, values_M: Tensor | None, weights_type: torch.dtype) -> None:
+        self.hidden, self.weights_VD, self.values_M, self._weights_type = hidden, weights_VD, values_M, weights_type
+
+    @classmethod
+    def of(cls, hidden_RD: Tensor, weights_VD: Tensor, values_M: Tensor | None) -> "Gradients":
+        """Slopes over these inputs, to be filled."""
         wide = torch.promote_types(weights_VD.dtype, torch.float32)
-        self.hidden, self.weights_VD = torch.empty_like(hidden_RD), torch.zeros_like(weights_VD, dtype=wide)
-        self.values_M = None if values_M is None else torch.zeros_like(values_M)
+        values = None if values_M is None else torch.zeros_like(values_M)
+        return cls(torch.empty_like(hidden_RD), torch.zeros_like(weights_VD, dtype=wide), values, weights_VD.dtype)
 
     def add_product(self, slope_CV: Tensor, hidden_CD: Tensor) -> None:
         """Adds slope_CV.T @ hidden_CD to the slopes over the weights, in their type."""

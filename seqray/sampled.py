@@ -89,7 +89,7 @@ class _SampledLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_SD: Tensor, weights_VD: Tensor, values_M: Tensor | None, job: _Job) -> Tensor:
         dtype = product_type(hidden_SD)
         with torch.autocast(hidden_SD.device.type, enabled=False):
-            gradients = Gradients(hidden_SD, weights_VD, values_M) if any(ctx.needs_input_grad) else None
+            gradients = Gradients.of(hidden_SD, weights_VD, values_M) if any(ctx.needs_input_grad) else None
             loss = _over_chunks(hidden_SD.to(dtype), weights_VD, values_M, job, gradients)
         ctx.gradients = gradients
         return loss

@@ -5,7 +5,6 @@
 // so that softmax never adds up across a vector. Short sequences are done together, so that blocks are full; what one
 // thread does depends on the lengths alone, and so do the results. Shapes: T events, D = H * d; qkv (T, 3D).
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -173,10 +172,7 @@ void backward_run(
 template <typename Work>
 void over_runs(const Sequences& sequences, int64_t heads, const Work& work) {
   const int64_t runs = static_cast<int64_t>(sequences.runs.size()) - 1;
-  at::parallel_for(0, runs * heads, 1, [&](int64_t begin, int64_t end) {
-    const Products<float> products;
-    for (int64_t i = begin; i < end; i++) work(sequences.runs[i / heads], sequences.runs[i / heads + 1], i % heads);
-  });
+  share<float>(runs * heads, [&](int64_t i) { work(sequences.runs[i / heads], sequences.runs[i / heads + 1], i % heads); });
 }
 
 Sizes sizes(const at::Tensor& qkv, int64_t heads) {

@@ -12,10 +12,11 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import tempfile
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from subprocess import PIPE, Popen, SubprocessError
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def _load() -> Any | None:
         if not _file().exists():
             _build(_file())
         torch.ops.load_library(_file())  # type: ignore[no-untyped-call]
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, SubprocessError) as error:
         log.warning("CPU kernels are not at hand, training goes on without them and slower: %s", error)
         return None
     return torch.ops.seqray
@@ -91,23 +92,26 @@ def _compiler() -> list[str]:
 def _compile(compiler: list[str], folder: Path, product: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     include = torch_folder / "include"
-    objects, running = [], []
-    for source in sorted(Path(__file__).parent.glob("*.cpp")):
-        objects.append(str(folder / f"{source.stem}.o"))
-        places = (f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", "-c", str(source), "-o", objects[-1])
-        running.append(subprocess.Popen([*compiler, *FLAGS, *places], stderr=subprocess.PIPE, text=True))
-    for process in running:
-        _wait(process)
+    places = (f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}")
+    sources = sorted(Path(__file__).parent.glob("*.cpp"))
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    _run([
+        [*compiler, *FLAGS, *places, "-c", str(source), "-o", into]
+        for source, into in zip(sources, objects, strict=True)
+    ])  # fmt: skip
     # OpenMP is not named here: its functions are then those that PyTorch itself brings along.
     linked = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(product))
-    _wait(subprocess.Popen([*compiler, "-shared", *objects, *linked], stderr=subprocess.PIPE, text=True))
+    _run([[*compiler, "-shared", *objects, *linked]])
 
 
-def _wait(process: "subprocess.Popen[str]") -> None:
-    try:
-        _, said = process.communicate(timeout=SECONDS)
-    finally:
-        process.kill()
-    if process.returncode:
-        wrong = [line for line in said.splitlines() if "error" in line]
-        raise OSError(f"the C++ compiler failed: {(wrong or said.splitlines() or ['without a word'])[0]}")
+def _run(commands: list[list[str]]) -> None:
+    """Runs the commands at the same time; OSError with the first line that names an error."""
+    with ExitStack() as ending:
+        running = [ending.enter_context(Popen(command, stderr=PIPE, text=True)) for command in commands]
+        for process in running:
+            ending.callback(process.kill)
+        said = [process.communicate(timeout=SECONDS)[1].splitlines() for process in running]
+    for process, lines in zip(running, said, strict=True):
+        if process.returncode:
+            wrong = [line for line in lines if "error" in line]
+            raise OSError(f"the C++ compiler failed: {(wrong or lines or ['without a word'])[0]}")

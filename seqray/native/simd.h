@@ -1,10 +1,12 @@
 // What the kernels share: products from oneDNN's microkernels, and AVX-512 pieces of 16 floats at a time.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <immintrin.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -49,6 +51,16 @@ template <typename T>
 struct Products {
   ~Products() { at::native::cpublas::brgemm_release(sizeof(T) == 2); }
 };
+
+// Calls work(0) to work(count - 1), each on the thread that is free next; a thread says when it has multiplied enough.
+template <typename T, typename Work>
+void share(int64_t count, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    const Products<T> products;
+    for (int64_t i = next++; i < count; i = next++) work(i);
+  });
+}
 
 // 2^x for x <= 126, with a relative error of 2e-7; 0 far below.
 inline __m512 exp2(__m512 x) {

@@ -1,0 +1,99 @@
+// float32 to bf16, in the orders that products want: rows side by side, or interleaved in pairs (VNNI).
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include "simd.h"
+
+namespace seqray {
+
+using bf16 = c10::BFloat16;
+
+// 32 numbers, the left ones first.
+inline __m512i narrow(__m512 left, __m512 right) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(right, left));
+}
+
+// The same numbers as bf16 has them.
+inline __m512 as_bf16(__m512 value) {
+  const __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// Up to 32 numbers from `from` on, then zeros.
+inline __m512i narrow_load(const float* from, int64_t count) {
+  return narrow(
+      _mm512_maskz_loadu_ps(first_lanes(count), from), _mm512_maskz_loadu_ps(first_lanes(count - LANES), from + LANES));
+}
+
+// 32 numbers of one row and 32 of the next, interleaved.
+inline void store_pairs(__m512i row, __m512i next, bf16* into) {
+  const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i low = _mm512_or_si512(count, _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(32)), 16));
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(into, _mm512_permutex2var_epi16(row, low, next));
+  _mm512_storeu_si512(into + 32, _mm512_permutex2var_epi16(row, high, next));
+}
+
+// (rows, columns) -> (height, width), zeros around; width is a multiple of 32.
+inline void narrow_rows(
+    const float* from, int64_t ld_from, int64_t rows, int64_t columns, bf16* into, int64_t height, int64_t width) {
+  for (int64_t r = 0; r < height; r++) {
+    for (int64_t c = 0; c < width; c += 32) {
+      _mm512_storeu_si512(into + r * width + c, narrow_load(from + r * ld_from + c, r < rows ? columns - c : 0));
+    }
+  }
+}
+
+// (rows, columns) -> (height / 2, width, 2), zeros around: rows in interleaved pairs; width is a multiple of 32.
+inline void pair_rows(
+    const float* from, int64_t ld_from, int64_t rows, int64_t columns, bf16* into, int64_t height, int64_t width) {
+  for (int64_t r = 0; r < height; r += 2) {
+    for (int64_t c = 0; c < width; c += 32) {
+      const float* here = from + r * ld_from + c;
+      const __m512i row = narrow_load(here, r < rows ? columns - c : 0);
+      const __m512i next = narrow_load(here + ld_from, r + 1 < rows ? columns - c : 0);
+      store_pairs(row, next, into + r * width + 2 * c);
+    }
+  }
+}
+
+// (rows, columns) -> (height / 2, width, 2) of its transpose, zeros around: columns in interleaved pairs; height is a
+// multiple of 32, width of 16.
+inline void pair_columns(
+    const float* from, int64_t ld_from, int64_t rows, int64_t columns, bf16* into, int64_t width, int64_t height) {
+  for (int64_t r = 0; r < width; r += LANES) {
+    for (int64_t c = 0; c < height; c += 32) {
+      __m512 pairs[16];
+      for (int64_t i = 0; i < LANES; i++) {
+        const int64_t count = r + i < rows ? columns - c : 0;
+        pairs[i] = _mm512_castsi512_ps(narrow_load(from + (r + i) * ld_from + c, count));
+      }
+      transpose_16(pairs);
+      for (int64_t i = 0; i < LANES; i++) _mm512_storeu_ps(into + (c + 2 * i) * width + 2 * r, pairs[i]);
+    }
+  }
+}
+
+// (rows, columns), each row times its factor -> its transpose (columns, width), zeros after `rows`.
+inline void scaled_columns(
+    const float* from, int64_t ld_from, int64_t rows, int64_t columns, const float* factor, bf16* into, int64_t ld_into,
+    int64_t width) {
+  for (int64_t r = 0; r < width; r += LANES) {
+    for (int64_t c = 0; c < columns; c += LANES) {
+      __m512 tile[16];
+      for (int64_t i = 0; i < LANES; i++) {
+        const __mmask16 some = r + i < rows ? first_lanes(columns - c) : 0;
+        const __m512 row = _mm512_maskz_loadu_ps(some, from + (r + i) * ld_from + c);
+        tile[i] = some ? _mm512_mul_ps(row, _mm512_set1_ps(factor[r + i])) : row;
+      }
+      transpose_16(tile);
+      for (int64_t i = 0; i < std::min(LANES, columns - c); i++) {
+        const __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(tile[i]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(into + (c + i) * ld_into + r), half);
+      }
+    }
+  }
+}
+
+}  // namespace seqray
