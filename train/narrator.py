@@ -1,30 +1,28 @@
 """Tells how a run goes: lines in its log and metrics in W&B, from the first worker only."""
 
-import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from torch import nn
 
-from seqray.samples import Step
 from seqray.sequences import SequenceStore
 from seqray.tracking import Tracker
+from train.clock import Speed
+from train.gauges import Gauges
 from train.job import Job
 from train.objective import uses_bf16
 from train.run_log import Say
 from train.state import Progress
 
-SECONDS_BETWEEN_LINES = 5.0
-
 
 class Narrator:
     """Says lines to the run's log; silent (say is None) on all workers but the first."""
 
-    def __init__(self, say: Say | None, tracker: Tracker | None) -> None:
-        self._to_log, self._tracker = say, tracker
+    def __init__(self, say: Say | None, tracker: Tracker | None, gauges: Gauges | None = None) -> None:
+        """gauges: Ray's metrics, which every worker has."""
+        self._to_log, self._tracker, self._gauges = say, tracker, gauges
         self._steps, self._epochs = 1, 1
-        self._restart_clock()
 
     def start(self, job: Job, model: nn.Module, store: SequenceStore, device: str, world: int) -> None:
         """What is trained on what."""
@@ -56,23 +54,21 @@ class Narrator:
         if progress.step:
             self._say(f"epoch {progress.epoch + 1} goes on at step {progress.step}/{steps}")
         self._steps, self._epochs = steps, epochs
-        self._restart_clock()
 
-    def step(self, progress: Progress, step: Step, rate: float) -> None:
-        """A line every few seconds."""
-        self._tokens += step.global_tokens
-        self._steps_since += 1
-        seconds = time.perf_counter() - self._since
-        if self._to_log is None or seconds < SECONDS_BETWEEN_LINES:
-            return
-        speed = self._tokens / seconds
-        left = ((self._epochs - progress.epoch) * self._steps - progress.step) * seconds / self._steps_since
+    def speed(self, progress: Progress, speed: Speed, rate: float) -> None:
+        """A line every few seconds of training."""
+        if self._gauges is not None:
+            self._gauges.show(speed)
+        left = ((self._epochs - progress.epoch) * self._steps - progress.step) * speed.seconds / speed.steps
+        shares = "  ".join(f"{phase} {share:.0%}" for phase, share in speed.shares.items())
         self._say(
             f"epoch {progress.epoch + 1}/{self._epochs}  step {progress.step}/{self._steps}  "
-            f"{speed:,.0f} tokens/s  at most {timedelta(seconds=round(left))} left"
+            f"{speed.tokens_per_s:,.0f} tokens/s ({speed.own_tokens_per_s:,.0f} by this worker)  {shares}  "
+            f"at most {timedelta(seconds=round(left))} left"
         )
-        self._log({"train/tokens_per_s": speed, "train/learning_rate": rate}, progress.global_step)
-        self._restart_clock()
+        metrics = {f"time/{phase}": share for phase, share in speed.shares.items()}
+        metrics |= {"train/tokens_per_s": speed.tokens_per_s, "train/own_tokens_per_s": speed.own_tokens_per_s}
+        self._log({**metrics, "train/learning_rate": rate}, progress.global_step)
 
     def validation(
         self, progress: Progress, row: Mapping[str, float], monitor: str, baselines: Mapping[str, Mapping[str, float]]
@@ -100,10 +96,6 @@ class Narrator:
         """Ends the W&B run."""
         if self._tracker is not None:
             self._tracker.finish(exit_code)
-
-    def _restart_clock(self) -> None:
-        """Speed is measured from here."""
-        self._since, self._tokens, self._steps_since = time.perf_counter(), 0, 0
 
     def _say(self, line: str) -> None:
         if self._to_log is not None:

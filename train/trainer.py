@@ -20,6 +20,7 @@ from seqray.samples import Step, TrainingSamples
 from seqray.sequences import IntArray, SequenceStore, Split
 from train.baseline_rows import Rows, baseline_rows
 from train.checkpoint_writer import CheckpointError, CheckpointWriter
+from train.clock import Clock
 from train.finite import Finite, TrainingError
 from train.narrator import Narrator
 from train.optimizer import learning_rate
@@ -47,6 +48,7 @@ class Trainer:
         self._targets = torch.tensor(state.progress.targets, device=self._device)
         self._finite = Finite(config.train.on_nan, part, self._device, narrator.tell)
         self._pulse = Pulse(part)
+        self._clock = Clock(self._device, state.model.parameters() if part.world > 1 else ())
         self._epoch_loss = math.nan
         # With the validation targets among the training events a validation says nothing.
         self._chooses = config.train.until == "validation"
@@ -91,20 +93,27 @@ class Trainer:
         self._objective.train()
         make = partial(self._parts, progress.epoch, self._samples.order(progress.epoch))
         self._narrator.epoch(progress, self._steps, self._config.train.epochs)
+        self._clock.begin("data")
         started = time.perf_counter()
         for parts in prefetched(make, range(progress.step, self._steps), ahead=self._device.type != "cpu"):
+            self._clock.begin("compute")
             self._optimize(parts)
             progress.step += 1
             progress.global_step += 1
             progress.seconds += time.perf_counter() - started
             if self._pulse.due() or self._device.type == "cpu":
                 self._look_for_skipped()
-            self._narrator.step(progress, parts[0], self._learning_rate())
+            speed = self._clock.step(parts[0].global_tokens, sum(len(part.batch.items_T) for part in parts))
+            if speed is not None:
+                self._narrator.speed(progress, speed, self._learning_rate())
+            self._clock.begin("checkpoint")
             if self._writer is not None:
                 self._writer.poll()
             if progress.global_step % self._config.train.checkpoint_steps == 0:
                 self._save_checkpoint()
+            self._clock.begin("data")
             started = time.perf_counter()
+        self._clock.pause()
         self._look_for_skipped()
         targets = int(self._targets)
         if not targets:
@@ -138,6 +147,7 @@ class Trainer:
                 # DDP takes the mean of the gradients over workers; the loss is the sum over all targets of the step.
                 (part * (self._finite.factor(part) * (self._part.world / step.global_targets))).backward()
             loss = loss + part.detach()
+        self._clock.gradients_are_summed()
         norm = nn.utils.clip_grad_norm_(self._state.model.parameters(), train.clip_norm or math.inf)
         for group in self._state.optimizer.param_groups:
             group["lr"] = self._learning_rate()

@@ -29,6 +29,7 @@ from train.blocks import checkpoint_blocks
 from train.checkpoint_writer import CheckpointWriter
 from train.checkpoints import Checkpoints
 from train.finite import TrainingError
+from train.gauges import Gauges
 from train.job import Job
 from train.narrator import Narrator
 from train.objective import Objective
@@ -54,7 +55,9 @@ def ray_worker(given: dict[str, Any]) -> str | None:
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     try:
-        work(Job(**given["job"]), place, lambda metrics: ray.train.report(dict(metrics)), sender(given["mailbox"]))
+        job = Job(**given["job"])
+        gauges = Gauges(job.config["name"], job.run_id, place.rank)
+        work(job, place, lambda metrics: ray.train.report(dict(metrics)), sender(given["mailbox"]), gauges)
     except StaleAttempt:
         raise  # of the first worker alone: the others must not wait for it
     except SeqrayError as error:
@@ -62,10 +65,11 @@ def ray_worker(given: dict[str, Any]) -> str | None:
     return None
 
 
-def work(job: Job, place: Place, report: Report, say: Say) -> None:
+def work(job: Job, place: Place, report: Report, say: Say, gauges: Gauges | None = None) -> None:
     """Trains, evaluates on test and writes the bundle; goes on from the newest checkpoint of the run.
 
-    `report` gets the metrics of every validation, on all workers alike; `say` takes the lines of the run's log.
+    `report` gets the metrics of every validation, on all workers alike; `say` takes the lines of the run's log;
+    `gauges` show the speed of each worker.
     """
     config = Config.parse(job.config)
     settle(place, config.train.cpus_per_worker)
@@ -87,7 +91,7 @@ def work(job: Job, place: Place, report: Report, say: Say) -> None:
     )
     if place.world > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-    narrator = _narrator(job, config, place, say)
+    narrator = _narrator(job, config, place, say, gauges)
     writer = None
     if place.rank == 0:
         still_ours = partial(check_attempt, job.run_folder, job.attempt, job.owner)
@@ -180,13 +184,13 @@ def save_bundle(job: Job, config: Config, store: SequenceStore, state: TrainStat
             publish(folder, job.bundle)
 
 
-def _narrator(job: Job, config: Config, place: Place, say: Say) -> Narrator:
+def _narrator(job: Job, config: Config, place: Place, say: Say, gauges: Gauges | None) -> Narrator:
     if place.rank:
-        return Narrator(None, None)
+        return Narrator(None, None, gauges)
     output = Folder.at(job.output)
     tracker = Tracker(
         config.tracking, output.path if output.is_local else Cache.of(config.cluster).folder, run_id=job.run_id,
         name=job.run_id, group=job.group, tags=(config.model.type, config.loss.type), settings=job.config,
         copy_to=None if output.is_local else output / "wandb",
     )  # fmt: skip
-    return Narrator(say, tracker)
+    return Narrator(say, tracker, gauges)
