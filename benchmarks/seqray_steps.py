@@ -9,7 +9,6 @@ from torch import nn
 
 from benchmarks.step_protocol import Facts, Stopwatch, settle, side_parser
 from seqray.config import Config
-from seqray.evaluation import Part
 from seqray.losses import build_loss
 from seqray.models.protocol import Module, build_model
 from seqray.negatives import Popularity
@@ -19,6 +18,7 @@ from train import worker
 from train.narrator import Narrator
 from train.objective import Objective
 from train.optimizer import build_optimizer
+from train.parallel import Parallel
 from train.place import Place
 from train.prepare import ensure_store
 from train.state import Progress, TrainState
@@ -74,13 +74,14 @@ def config_of(arguments: argparse.Namespace) -> Config:
 def train(config: Config, store: SequenceStore, device: torch.device) -> None:
     """Trains as train/worker.py does, without checkpoints and validations."""
     torch.manual_seed(config.seed)
-    model = build_model(config.model, store.catalogue).to(device)
-    state = TrainState(model, build_optimizer(model, config.train))
+    model = build_model(config.model, store.catalogue)
     objective = Objective(
         model, build_loss(config.loss), store.num_items, config.train.precision, Popularity.of(store.catalogue)
     )
+    parallel = Parallel(objective, Place(0, 1, device), config.train)
+    state = TrainState(model, build_optimizer(model, config.train))
     narrator = AskedSteps(Stopwatch(device.type), facts_of(config, store, model), objective)
-    Trainer(config, store, state, objective, Part(), narrator, None).train(lambda _: None)
+    Trainer(config, store, state, parallel, narrator, None).train(lambda _: None)
 
 
 def facts_of(config: Config, store: SequenceStore, model: Module) -> Facts:

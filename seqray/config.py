@@ -31,7 +31,7 @@ from seqray.yaml_file import dump_yaml, parse_yaml, read_yaml
 NOT_SEARCHED = (
     "train.num_workers", "train.cpus_per_worker", "train.device", "train.monitor", "train.epochs",
     "train.evaluate_every", "train.init_from", "train.checkpoint_steps", "train.keep_checkpoints", "train.max_failures",
-    "train.accumulate_steps", "train.activation_checkpointing", "train.on_nan",
+    "train.accumulate_steps", "train.activation_checkpointing", "train.parallel", "train.on_nan",
 )  # fmt: skip
 """What all trials of a search have in common."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -3,7 +3,7 @@
 Shapes: B queries, V items + padding, K cut-offs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,12 +13,14 @@ from torch import Tensor
 from seqray.baselines import Baselines
 from seqray.errors import ModelError
 from seqray.metrics import RankCounts, rank_metrics
-from seqray.models.protocol import SequentialModel, predict
+from seqray.models.protocol import Prediction, SequentialModel, predict
 from seqray.program_config import EvaluateConfig
 from seqray.ranking import mask_scores, ranks_among, top_k
-from seqray.sequences import Queries, SequenceStore, Split
+from seqray.sequences import Batch, Queries, SequenceStore, Split
 
 Scorer = Callable[[Queries], Tensor]
+Predictor = Callable[[Batch, Tensor | None], Prediction]
+"""Asked for histories and given item weights that are at hand, or None."""
 SumOverWorkers = Callable[[Tensor], Tensor]
 
 
@@ -29,6 +31,15 @@ class Part:
     rank: int = 0
     world: int = 1
     sum_over_workers: SumOverWorkers = lambda tensor: tensor
+    together: bool = False
+    """A batch is scored by all processes at once, so that one without a batch scores another for nothing."""
+
+    def starts(self, total: int, size: int) -> Iterator[tuple[int, bool]]:
+        """(where it starts, whether it counts here) of each batch that this process scores."""
+        starts = range(0, total, size)
+        yield from ((start, True) for start in starts[self.rank :: self.world])
+        if self.together and self.rank >= len(starts) % self.world > 0:
+            yield 0, False
 
 
 def evaluate(
@@ -46,10 +57,11 @@ def evaluate(
     counts = RankCounts.empty(max(config.k), most_targets)
     shown_KV = torch.zeros(len(config.k), num_items + 1, dtype=torch.int64)
     no_numbers, nothing = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    starts = range(0, len(queries), config.batch_size)[part.rank :: part.world]
-    for start in starts:
+    for start, counts_here in part.starts(len(queries), config.batch_size):
         some = queries.slice(start, start + config.batch_size)
         scores_BV = scorer(some)
+        if not counts_here:
+            continue
         no_numbers += int(not bool(scores_BV.sum().isfinite()))  # one pass; a sum with a bad number in it is bad
         seen = some.seen() if config.exclude_seen else (nothing, nothing)
         mask_scores(scores_BV, *(pair.to(scores_BV.device) for pair in seen))
@@ -68,13 +80,19 @@ def evaluate(
 
 def model_scorer(model: SequentialModel, device: torch.device) -> Scorer:
     """Scores of a model in evaluation mode, in float32."""
-    with torch.no_grad():
-        weights_VD = model.item_weights().float()
+    return prediction_scorer(torch.no_grad()(partial(predict, model)), model.max_length, device)
+
+
+def prediction_scorer(predictor: Predictor, max_length: int, device: torch.device) -> Scorer:
+    """Scores of what answers batches, in float32; its item weights are those of its first answer."""
+    weights_VD: Tensor | None = None
 
     def score(queries: Queries) -> Tensor:
-        batch = queries.history(model.max_length).to(device)
-        with torch.no_grad():
-            return predict(model, batch, weights_VD).scores()
+        nonlocal weights_VD
+        prediction = predictor(queries.history(max_length).to(device), weights_VD)
+        if weights_VD is None:
+            weights_VD = prediction.weights_VD.float()
+        return prediction.scores()
 
     return score
 

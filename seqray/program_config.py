@@ -18,6 +18,10 @@ class TrainConfig(Section):
     """auto takes a GPU for each worker where the cluster (or this process) has them."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and so threads, of one worker."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each worker holds the whole model. fsdp: weights, gradients and optimizer are shared out over the workers,
+    and a block is gathered while it is worked on (FSDP2); for backbones too large for one GPU.
+    """
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the hardware multiplies bf16 (on a CPU inside a narrow model not: it does not pay)."""
     init_from: str | None = None

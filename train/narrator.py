@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from torch import nn
-
 from seqray.sequences import SequenceStore
 from seqray.tracking import Tracker
 from train.clock import Speed
@@ -24,14 +22,14 @@ class Narrator:
         self._to_log, self._tracker, self._gauges = say, tracker, gauges
         self._steps, self._epochs = 1, 1
 
-    def start(self, job: Job, model: nn.Module, store: SequenceStore, device: str, world: int) -> None:
+    def start(self, job: Job, parameters: int, store: SequenceStore, device: str, world: int) -> None:
         """What is trained on what."""
         counts, until = store.manifest["counts"], job.config["train"]["until"]
         events = int(store.events_until(until).sum())
         precision = "bf16" if uses_bf16(job.config["train"]["precision"], device) else "fp32"
         self._say(
             f"run {job.run_id}: {job.config['model']['type']} with {job.config['loss']['type']}, "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {counts['users']:,} users, "
+            f"{parameters:,} parameters, {counts['users']:,} users, "
             f"{counts['items']:,} items, {events:,} training events; "
             f"{world} worker{'s'[: world > 1]} on {device}, {precision}"
         )

@@ -4,12 +4,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from seqray.errors import BundleError
 from seqray.models.protocol import Module
-
-Tensors = dict[str, Tensor]
+from train.layout import Tensors, load_model, load_slots, misfit, whole_model, whole_slots
+from train.place import from_first
 
 
 @dataclass
@@ -55,11 +54,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state copied to CPU memory, where training no longer changes it."""
+    """A state copied to CPU memory, where training no longer changes it; empty of tensors but in the first worker.
+
+    It is that of one process, however many workers it came from (`train.layout`).
+    """
 
     model: Tensors
     optimizer: Tensors
-    """`<number of the weight>.<slot>`."""
+    """`<name of the weight>.<slot>`."""
     best: Tensors
     """Best weights so far; the very `model` when it is the best, empty before the first validation."""
     progress: Progress
@@ -72,7 +74,10 @@ class Snapshot:
 
 @dataclass
 class TrainState:
-    """Model, optimizer, best weights and progress of one worker; equal on all workers."""
+    """Model, optimizer and progress of one worker, and the best weights in the first one.
+
+    All workers call each of its functions, in the same order.
+    """
 
     model: Module
     optimizer: torch.optim.Optimizer
@@ -81,45 +86,24 @@ class TrainState:
 
     def keep_best(self) -> None:
         """Copies the present weights as the best ones."""
-        self.best = _copied(self.model.state_dict())
+        self.best = whole_model(self.model)
 
     def snapshot(self) -> Snapshot:
         """The state as it is now; the best weights are not copied, since nothing changes them."""
         progress = Progress.of_plain(self.progress.plain())
         is_best = progress.step == 0 and progress.epoch == progress.best_epoch
-        model = self.best if is_best else _copied(self.model.state_dict())
-        return Snapshot(model, _copied(_optimizer_tensors(self.optimizer)), self.best, progress)
+        model = self.best if is_best else whole_model(self.model)
+        return Snapshot(model, whole_slots(self.model, self.optimizer), self.best, progress)
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Takes everything from a snapshot, or nothing: BundleError when it is of another model."""
-        here = _shapes(self.model.state_dict())
-        if _shapes(snapshot.model) != here or (snapshot.best and _shapes(snapshot.best) != here):
-            raise BundleError("its weights are not of this model")
-        slots = _optimizer_slots(snapshot.optimizer, sum(len(g["params"]) for g in self.optimizer.param_groups))
-        self.model.load_state_dict(snapshot.model)
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.best, self.progress = snapshot.best, snapshot.progress
-
-
-def _copied(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": torch.as_tensor(value) for index, slots in state.items() for key, value in slots.items()}
-
-
-def _optimizer_slots(tensors: Tensors, parameters: int) -> dict[int, Tensors]:
-    slots: dict[int, Tensors] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        slots.setdefault(int(index), {})[key] = tensor
-    if slots and sorted(slots) != list(range(parameters)):
-        raise BundleError("its optimizer is not of this model")
-    return slots
-
-
-def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+    def restore(self, snapshot: Snapshot | None) -> None:
+        """Takes everything from the first worker's snapshot, or nothing: BundleError when it is of another model."""
+        problem, progress = "", None
+        if snapshot is not None:
+            problem = misfit(self.model, self.optimizer, snapshot.model, snapshot.best, snapshot.optimizer)
+            progress = snapshot.progress
+        problem, progress = from_first((problem, progress))
+        if problem or progress is None:
+            raise BundleError(problem)
+        load_model(self.model, snapshot.model if snapshot else {})
+        load_slots(self.model, self.optimizer, snapshot.optimizer if snapshot else {})
+        self.best, self.progress = snapshot.best if snapshot else {}, progress

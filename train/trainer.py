@@ -3,17 +3,16 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from seqray.config import Config
 from seqray.errors import ConfigError, SeqrayError
-from seqray.evaluation import Part, evaluate, model_scorer, with_split
+from seqray.evaluation import with_split
 from seqray.models.protocol import SequentialModel, is_causal
 from seqray.negatives import step_negatives
 from seqray.samples import Step, TrainingSamples
@@ -22,8 +21,10 @@ from train.baseline_rows import Rows, baseline_rows
 from train.checkpoint_writer import CheckpointError, CheckpointWriter
 from train.clock import Clock
 from train.finite import Finite, TrainingError
+from train.layout import load_model
 from train.narrator import Narrator
 from train.optimizer import learning_rate
+from train.parallel import Parallel
 from train.prefetch import prefetched
 from train.pulse import Pulse
 from train.state import TrainState
@@ -33,22 +34,22 @@ class Trainer:
     """Drives `state` to the end of training. Every random draw follows from (seed, epoch, step, worker)."""
 
     def __init__(
-        self, config: Config, store: SequenceStore, state: TrainState, objective: nn.Module, part: Part,
+        self, config: Config, store: SequenceStore, state: TrainState, parallel: Parallel,
         narrator: Narrator, writer: CheckpointWriter | None,
     ) -> None:  # fmt: skip
         """writer: the first worker's, None on the others."""
-        self._config, self._store, self._state, self._objective = config, store, state, objective
-        self._part, self._narrator, self._writer = part, narrator, writer
-        self._device = next(state.model.parameters()).device
+        self._config, self._store, self._state, self._parallel = config, store, state, parallel
+        self._part, self._narrator, self._writer = parallel.part, narrator, writer
+        self._device = parallel.device
         self._samples = training_samples(config, store, state.model)
         self._steps = self._samples.steps(config.train.batch_size)
         # A checkpoint holds the loss of all workers; the first one takes it over.
-        loss = 0.0 if part.rank else state.progress.loss_sum
+        loss = 0.0 if self._part.rank else state.progress.loss_sum
         self._loss_sum = torch.tensor(loss, dtype=torch.float64, device=self._device)
         self._targets = torch.tensor(state.progress.targets, device=self._device)
-        self._finite = Finite(config.train.on_nan, part, self._device, narrator.tell)
-        self._pulse = Pulse(part)
-        self._clock = Clock(self._device, state.model.parameters() if part.world > 1 else ())
+        self._finite = Finite(config.train.on_nan, self._part, self._device, narrator.tell)
+        self._pulse = Pulse(self._part)
+        self._clock = Clock(self._device, state.model.parameters() if self._part.world > 1 else ())
         self._epoch_loss = math.nan
         # With the validation targets among the training events a validation says nothing.
         self._chooses = config.train.until == "validation"
@@ -77,7 +78,7 @@ class Trainer:
     def final_metrics(self) -> dict[str, Any]:
         """Test metrics of the best weights, its validation, and the baselines; the test targets are ranked once."""
         progress = self._state.progress
-        self._state.model.load_state_dict(self._state.best)
+        load_model(self._state.model, self._state.best)
         best = next(row for row in progress.history if row["epoch"] == progress.best_epoch)
         chosen = {key: value for key, value in best.items() if key.startswith("val/")}
         tested = self._evaluate("test")
@@ -90,7 +91,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         progress = self._state.progress
-        self._objective.train()
+        self._parallel.train()
         make = partial(self._parts, progress.epoch, self._samples.order(progress.epoch))
         self._narrator.epoch(progress, self._steps, self._config.train.epochs)
         self._clock.begin("data")
@@ -142,23 +143,18 @@ class Trainer:
         torch.manual_seed(hash((*key, self._part.rank)))
         loss = torch.zeros((), device=self._device)
         for number, step in enumerate(parts, start=1):
-            with self._apart() if number < len(parts) else nullcontext():
-                part = self._objective(step, key) * step.weight
-                # DDP takes the mean of the gradients over workers; the loss is the sum over all targets of the step.
-                (part * (self._finite.factor(part) * (self._part.world / step.global_targets))).backward()
+            with self._parallel.apart() if number < len(parts) else nullcontext():
+                part = self._parallel.loss(step, key)
+                self._parallel.backward(part * self._finite.factor(part), step)
             loss = loss + part.detach()
         self._clock.gradients_are_summed()
-        norm = nn.utils.clip_grad_norm_(self._state.model.parameters(), train.clip_norm or math.inf)
+        norm = self._parallel.clip(train.clip_norm or math.inf)
         for group in self._state.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         made = self._finite.step(self._state.optimizer, loss, norm, progress.global_step + 1)
         self._state.optimizer.zero_grad(set_to_none=True)
         self._loss_sum += torch.where(made, loss, 0.0)
         self._targets += made * parts[0].global_targets
-
-    def _apart(self) -> AbstractContextManager[None]:
-        """In here gradients are added up on each worker alone."""
-        return self._objective.no_sync() if isinstance(self._objective, DistributedDataParallel) else nullcontext()
 
     def _look_for_skipped(self) -> None:
         """TrainingError, on all workers, when a step since the last look was no number and train.on_nan is stop."""
@@ -185,11 +181,8 @@ class Trainer:
         return row
 
     def _evaluate(self, split: Split) -> dict[str, float]:
-        model = self._state.model.eval()
-        scorer = model_scorer(model, self._device)
         queries = self._store.queries(split)
-        found = evaluate(scorer, queries, self._config.evaluate, self._store.num_items, self._part)
-        return with_split(found, split)
+        return with_split(self._parallel.evaluate(queries, self._config.evaluate, self._store.num_items), split)
 
     def _baseline_rows(self, split: Split) -> Rows:
         """From the first worker alone: nobody else prints or stores them. Looked up once a run."""
@@ -202,15 +195,16 @@ class Trainer:
         return self._part.sum_over_workers(self._loss_sum)
 
     def _save_checkpoint(self) -> None:
-        """Written by the first worker; the others only add their part of the epoch's loss."""
+        """Written by the first worker; the others add their parts of the epoch's loss and of the state."""
         self._look_for_skipped()
         loss = self._global_loss()
+        self._state.progress.loss_sum, self._state.progress.targets = float(loss), int(self._targets)
+        snapshot = self._state.snapshot()
         if self._writer is None:
             self._loss_sum.zero_()
             return
         self._loss_sum = loss.clone()
-        self._state.progress.loss_sum, self._state.progress.targets = float(loss), int(self._targets)
-        self._writer.write(self._state.snapshot())
+        self._writer.write(snapshot)
 
     def _finish_checkpoints(self) -> None:
         """The last one is on disk, or all workers end with the reason."""

@@ -4,10 +4,33 @@ import torch
 from torch import Tensor
 
 from seqray.bundle import Bundle
-from seqray.errors import BundleError
+from seqray.cache import Cache
+from seqray.config import Config
+from seqray.errors import BundleError, SeqrayError
 from seqray.models.items import ItemTable, NamedTable
-from seqray.models.protocol import Module
+from seqray.models.protocol import Module, build_model
+from seqray.sequences import SequenceStore
 from seqray.vocabulary import ItemVocabulary
+from train.layout import load_model
+from train.place import from_first, is_first
+
+
+def start_from(model: Module, config: Config, folder: str, store: SequenceStore) -> int:
+    """`start_from_bundle` for a model that may lie on several workers, all of which call it; BundleError on all."""
+    fresh, known, problem = None, 0, ""
+    if is_first():
+        torch.manual_seed(config.seed)
+        fresh = build_model(config.model, store.catalogue)
+        try:
+            bundle = Bundle.load(folder, config.component_types, Cache.of(config.cluster))
+            known = start_from_bundle(fresh, bundle, store.vocabulary)
+        except SeqrayError as error:
+            problem = str(error)
+    known, problem = from_first((known, problem))
+    if problem:
+        raise BundleError(problem)
+    load_model(model, {} if fresh is None else dict(fresh.state_dict()))
+    return known
 
 
 def start_from_bundle(model: Module, bundle: Bundle, vocabulary: ItemVocabulary) -> int:

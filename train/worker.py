@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from seqray.bundle import Bundle
 from seqray.cache import Cache
 from seqray.config import Config
 from seqray.errors import BundleError, ConfigError, DataError, SeqrayError
-from seqray.evaluation import Part
 from seqray.folder import Folder
 from seqray.locations import join
 from seqray.losses import build_loss
@@ -34,12 +31,13 @@ from train.job import Job
 from train.narrator import Narrator
 from train.objective import Objective
 from train.optimizer import build_optimizer
-from train.place import Place, sum_over_workers
+from train.parallel import Parallel
+from train.place import Place, from_first, is_first, sum_over_workers
 from train.run_log import Say, sender
 from train.runs import StaleAttempt, check_attempt
 from train.state import TrainState
 from train.trainer import Trainer
-from train.warm_start import start_from_bundle
+from train.warm_start import start_from
 
 Report = Callable[[Mapping[str, float]], None]
 
@@ -76,31 +74,27 @@ def work(job: Job, place: Place, report: Report, say: Say, gauges: Gauges | None
     with all_or_none(place, say):
         store = store_of(job, config)
         torch.manual_seed(config.seed)
-        model = build_model(config.model, store.catalogue).to(place.device)
-        state = TrainState(model, build_optimizer(model, config.train))
-        checkpoints = Checkpoints.at(join(job.run_folder, "checkpoints"), config.train.keep_checkpoints)
-        checkpoint, passed_over = go_on(state, checkpoints)
+        model = build_model(config.model, store.catalogue)
         if config.train.activation_checkpointing:
             checkpoint_blocks(model)
-        known = None
-        if checkpoint is None and job.init_from:
-            parent = Bundle.load(job.init_from, config.component_types, Cache.of(config.cluster))
-            known = start_from_bundle(model, parent, store.vocabulary)
-    objective: nn.Module = Objective(
+    parameters = sum(weight.numel() for weight in model.parameters())
+    objective = Objective(
         model, build_loss(config.loss), store.num_items, config.train.precision, Popularity.of(store.catalogue)
     )
-    if place.world > 1:
-        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    parallel = Parallel(objective, place, config.train)
+    state = TrainState(model, build_optimizer(model, config.train))
+    checkpoints = Checkpoints.at(join(job.run_folder, "checkpoints"), config.train.keep_checkpoints)
+    checkpoint, passed_over = go_on(state, checkpoints)
+    known = start_from(model, config, job.init_from, store) if checkpoint is None and job.init_from else None
     narrator = _narrator(job, config, place, say, gauges)
     writer = None
     if place.rank == 0:
         still_ours = partial(check_attempt, job.run_folder, job.attempt, job.owner)
         writer = CheckpointWriter(checkpoints, still_ours, narrator.tell)
     try:
-        narrator.start(job, model, store, place.device.type, place.world)
+        narrator.start(job, parameters, store, place.device.type, place.world)
         narrator.origin(job, checkpoint, passed_over, known)
-        part = Part(place.rank, place.world, sum_over_workers(place))
-        trainer = Trainer(config, store, state, objective, part, narrator, writer)
+        trainer = Trainer(config, store, state, parallel, narrator, writer)
         trainer.train(report)
         metrics = trainer.final_metrics()
         if place.rank == 0:
@@ -122,8 +116,9 @@ def go_on(state: TrainState, checkpoints: Checkpoints) -> tuple[str | None, list
 
     ConfigError when the newest whole one is of another model.
     """
-    snapshot, name, passed_over = checkpoints.newest()
-    if snapshot is not None:
+    snapshot, name, passed_over = checkpoints.newest() if is_first() else (None, None, [])
+    name, passed_over = from_first((name, passed_over))
+    if name is not None:
         try:
             state.restore(snapshot)
         except BundleError as error:
