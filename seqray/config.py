@@ -31,7 +31,8 @@ from seqray.yaml_file import dump_yaml, parse_yaml, read_yaml
 NOT_SEARCHED = (
     "train.num_workers", "train.cpus_per_worker", "train.device", "train.monitor", "train.epochs",
     "train.evaluate_every", "train.init_from", "train.checkpoint_steps", "train.keep_checkpoints", "train.max_failures",
-    "train.accumulate_steps", "train.activation_checkpointing", "train.parallel", "train.on_nan",
+    "train.accumulate_steps", "train.activation_checkpointing", "train.parallel", "train.vocabulary_parallel",
+    "train.on_nan",
 )  # fmt: skip
 """What all trials of a search have in common."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -67,6 +68,8 @@ class Config(Section):
         allowed = [f"val/{m}@{k}" for m in metrics for k in self.evaluate.k]
         if self.train.monitor not in allowed:
             raise ValueError(f"train.monitor {self.train.monitor!r} is not computed; choices: {', '.join(allowed)}")
+        if self.train.vocabulary_parallel > 1 and self.loss.type != "softmax":
+            raise ValueError(f"train.vocabulary_parallel works with loss.type softmax, not {self.loss.type}")
         return self
 
     @classmethod

@@ -6,6 +6,7 @@ Shapes: B queries, V items + padding, K cut-offs.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,19 @@ from seqray.sequences import Batch, Queries, SequenceStore, Split
 Scorer = Callable[[Queries], Tensor]
 Predictor = Callable[[Batch, Tensor | None], Prediction]
 """Asked for histories and given item weights that are at hand, or None."""
+
+
+class Best(NamedTuple):
+    """The best items of some queries."""
+
+    items_BK: Tensor
+    """Best first, equally good ones by item_index; 0 where there are fewer."""
+    finite: bool
+    """Whether all scores were numbers."""
+
+
+Ranker = Callable[[Queries, int, bool], Best]
+"""(queries, k, exclude_seen) -> the k best items of each."""
 SumOverWorkers = Callable[[Tensor], Tensor]
 
 
@@ -45,27 +59,31 @@ class Part:
 def evaluate(
     scorer: Scorer, queries: Queries, config: EvaluateConfig, num_items: int, part: Part | None = None
 ) -> dict[str, float]:
-    """hit_rate@k, ndcg@k, mrr@k (recall@k for baskets) and coverage@k of `scorer` over all queries.
+    """`evaluate_ranker` of scores_BV, larger is better."""
+    return evaluate_ranker(partial(rank_scores, scorer), queries, config, num_items, part)
 
-    scorer: Queries -> scores_BV, larger is better. Batches are the same whatever the number of workers, and what is
-    summed over workers are whole numbers, so the result is the same to the last bit. ModelError on scores that are no
-    numbers.
+
+def evaluate_ranker(
+    ranker: Ranker, queries: Queries, config: EvaluateConfig, num_items: int, part: Part | None = None
+) -> dict[str, float]:
+    """hit_rate@k, ndcg@k, mrr@k (recall@k for baskets) and coverage@k of `ranker` over all queries.
+
+    Batches are the same whatever the number of workers, and what is summed over workers are whole numbers, so the
+    result is the same to the last bit. ModelError on scores that are no numbers.
     """
     part = part or Part()
     query_P, _ = queries.targets()
     most_targets = int(torch.bincount(query_P).max()) if len(query_P) else 1
     counts = RankCounts.empty(max(config.k), most_targets)
     shown_KV = torch.zeros(len(config.k), num_items + 1, dtype=torch.int64)
-    no_numbers, nothing = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    no_numbers = torch.zeros(1, dtype=torch.int64)
     for start, counts_here in part.starts(len(queries), config.batch_size):
         some = queries.slice(start, start + config.batch_size)
-        scores_BV = scorer(some)
+        best = ranker(some, max(config.k), config.exclude_seen)
         if not counts_here:
             continue
-        no_numbers += int(not bool(scores_BV.sum().isfinite()))  # one pass; a sum with a bad number in it is bad
-        seen = some.seen() if config.exclude_seen else (nothing, nothing)
-        mask_scores(scores_BV, *(pair.to(scores_BV.device) for pair in seen))
-        best_BK = top_k(scores_BV, max(config.k))[0].cpu()
+        no_numbers += int(not best.finite)
+        best_BK = best.items_BK.cpu()
         query_P, item_P = some.targets()
         counts.add(ranks_among(best_BK, query_P, item_P), query_P, len(some))
         for row, k in enumerate(config.k):
@@ -76,6 +94,16 @@ def evaluate(
     shown_K = (part.sum_over_workers(shown_KV)[:, 1:] > 0).sum(1)
     coverage = {f"coverage@{k}": int(n) / num_items for k, n in zip(config.k, shown_K, strict=True)}
     return rank_metrics(counts, config.k, baskets=queries.are_baskets) | coverage
+
+
+def rank_scores(scorer: Scorer, queries: Queries, k: int, exclude_seen: bool) -> Best:
+    """The ranker of a scorer, with its first argument given."""
+    scores_BV = scorer(queries)
+    finite = bool(scores_BV.sum().isfinite())  # one pass; a sum with a bad number in it is bad
+    nothing = torch.empty(0, dtype=torch.int64)
+    seen = queries.seen() if exclude_seen else (nothing, nothing)
+    mask_scores(scores_BV, *(pair.to(scores_BV.device) for pair in seen))
+    return Best(top_k(scores_BV, k)[0], finite)
 
 
 def model_scorer(model: SequentialModel, device: torch.device) -> Scorer:

@@ -22,6 +22,10 @@ class TrainConfig(Section):
     """ddp: each worker holds the whole model. fsdp: weights, gradients and optimizer are shared out over the workers,
     and a block is gathered while it is worked on (FSDP2); for backbones too large for one GPU.
     """
+    vocabulary_parallel: int = Field(1, ge=1)
+    """Workers that share out the rows of the item table and its optimizer, for catalogues too large for one GPU; must
+    divide num_workers. Needs loss.type: softmax, and a model that keeps its items in an ItemTable, as all of ours do.
+    """
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the hardware multiplies bf16 (on a CPU inside a narrow model not: it does not pay)."""
     init_from: str | None = None
@@ -79,6 +83,14 @@ class TrainConfig(Section):
     """
     max_failures: int = Field(3, ge=0)
     """Times Ray Train starts the workers again after one of them died."""
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Self:
+        if max(1, self.num_workers) % self.vocabulary_parallel:
+            raise ValueError(
+                f"vocabulary_parallel {self.vocabulary_parallel} does not divide num_workers {self.num_workers}"
+            )
+        return self
 
 
 class EvaluateConfig(Section):

@@ -86,3 +86,15 @@ def test_two_workers_equal_one_process_even_when_one_is_killed(
 
 def test_connect_keeps_a_cluster_that_is_there(cluster: None, tmp_path: Path) -> None:
     assert connect(shop_config(tmp_path), cpus=1) is False
+
+
+@pytest.mark.timeout(600)
+def test_a_model_in_shards_equals_one_process(cluster: None, tmp_path: Path) -> None:
+    alone = shop_config(tmp_path, train={"epochs": 2, "batch_size": 13})
+    layout = {"train.num_workers": 2, "train.parallel": "fsdp", "train.vocabulary_parallel": 2}
+    shards = alone.override({"name": "shards", **layout})
+    expected, bundle = fit(alone), fit(shards)
+    for one, other in zip(history(alone), history(shards), strict=True):
+        assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
+    assert bundle.metrics["test/ndcg@10"] == pytest.approx(expected.metrics["test/ndcg@10"], abs=0.02)
+    assert bundle.state.keys() == expected.state.keys()

@@ -22,14 +22,15 @@ class Narrator:
         self._to_log, self._tracker, self._gauges = say, tracker, gauges
         self._steps, self._epochs = 1, 1
 
-    def start(self, job: Job, parameters: int, store: SequenceStore, device: str, world: int) -> None:
-        """What is trained on what."""
+    def start(self, job: Job, parameters: int, held: int, store: SequenceStore, device: str, world: int) -> None:
+        """What is trained on what; held: parameters that this worker holds."""
         counts, until = store.manifest["counts"], job.config["train"]["until"]
         events = int(store.events_until(until).sum())
         precision = "bf16" if uses_bf16(job.config["train"]["precision"], device) else "fp32"
+        here = f" ({held:,} in the first worker)" if held < parameters else ""
         self._say(
             f"run {job.run_id}: {job.config['model']['type']} with {job.config['loss']['type']}, "
-            f"{parameters:,} parameters, {counts['users']:,} users, "
+            f"{parameters:,} parameters{here}, {counts['users']:,} users, "
             f"{counts['items']:,} items, {events:,} training events; "
             f"{world} worker{'s'[: world > 1]} on {device}, {precision}"
         )

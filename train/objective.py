@@ -1,5 +1,6 @@
 """Model and loss as one module, so that DDP sees the whole forward pass."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -51,8 +52,11 @@ class Objective(nn.Module):
         """Summed over the targets of the step."""
         device = step.batch.items_T.device.type
         negatives = step_negatives(key, self._num_items, step, self._popularity)
+        targets = step.targets
+        if not step.weight:
+            targets = replace(targets, weights_S=torch.zeros_like(targets.items_S, dtype=torch.float32))
         with torch.autocast(device, torch.bfloat16, enabled=uses_bf16(self._precision, device)):
-            return self._loss(prediction, step.targets, negatives)
+            return self._loss(prediction, targets, negatives)
 
 
 def uses_bf16(precision: Literal["auto", "bf16", "fp32"], device: str) -> bool:

@@ -10,9 +10,16 @@ from seqray.program_config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Adam when weight_decay is 0), fused, over the weights that are not frozen."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(weights, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True)
+    """AdamW (Adam when weight_decay is 0), fused, over the weights that are not frozen.
+
+    Weights that lie on the workers in different ways cannot be in one fused step, so they are groups of their own.
+    """
+    kinds: dict[type, list[nn.Parameter]] = {}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            kinds.setdefault(type(weight.data), []).append(weight)
+    groups = [{"params": weights} for weights in kinds.values()]
+    return torch.optim.AdamW(groups, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(

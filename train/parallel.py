@@ -1,7 +1,8 @@
-"""The objective as it lies on the workers: DDP or FSDP2, from the config alone."""
+"""The objective as it lies on the workers: DDP or FSDP2, and the item tables whole or in shards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,13 +12,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from seqray.evaluation import Part, evaluate, prediction_scorer
+from seqray.evaluation import Part, Ranker, evaluate_ranker, prediction_scorer, rank_scores
 from seqray.program_config import EvaluateConfig, TrainConfig
 from seqray.samples import Step
 from seqray.sequences import Queries
 from train.blocks import blocks_of
+from train.item_shards import shard_tables, shards_of
 from train.objective import Objective
 from train.place import Place, sum_over_workers
+from train.sharded_ranking import sharded_ranker
+from train.vocabulary_group import VocabularyGroup
 
 
 class Parallel:
@@ -27,13 +31,17 @@ class Parallel:
     afterwards. What it holds as a whole is `train.layout`'s business.
     """
 
-    def __init__(self, objective: Objective, place: Place, config: TrainConfig) -> None:
-        self._plain, self._objective = objective, spread(objective, place, config)
-        self.part = Part(
-            place.rank, place.world, sum_over_workers(place), together=isinstance(self._objective, FSDPModule)
-        )  # fmt: skip
+    def __init__(
+        self, objective: Objective, place: Place, config: TrainConfig, group: VocabularyGroup | None = None
+    ) -> None:
+        """group: shares out the item tables, whose loss `objective` then has; None where each worker holds them."""
+        self.device, self._group, self._plain = place.device, group, objective
+        if group is not None:
+            shard_tables(objective.model, group)
+        self._shards = shards_of(objective)
+        self._objective = spread(objective, place, config)
+        self.part = Part(place.rank, place.world, sum_over_workers(place))
         """This worker's share of each batch."""
-        self.device = place.device
 
     def train(self) -> None:
         """Turns dropout on."""
@@ -42,7 +50,7 @@ class Parallel:
     def loss(self, step: Step, key: tuple[int, int, int]) -> Tensor:
         """The loss summed over this worker's targets; key: (seed, epoch, step)."""
         loss: Tensor = self._objective(step, key)
-        return loss * step.weight
+        return loss
 
     def backward(self, loss: Tensor, step: Step) -> None:
         """Adds to the gradients: of the mean over the targets of all workers."""
@@ -62,13 +70,25 @@ class Parallel:
         else:
             yield
 
+    def meet(self) -> None:
+        """After the last backward pass of a step: gradients of shards are there that DDP and FSDP know nothing of."""
+        for shard in self._shards.values():
+            if shard.weight.grad is not None:
+                shard.group.sum_copies_(shard.weight.grad).div_(self.part.world)
+
     def clip(self, norm: float) -> Tensor:
         """Scales all gradients down where together they are longer than `norm`; gives back how long they were."""
-        weights = [weight for weight in self._plain.parameters() if weight.grad is not None]
-        if not isinstance(self._objective, FSDPModule):
-            return nn.utils.clip_grad_norm_(weights, norm)
-        parts = [_local(weight.grad) for weight in weights if weight.grad is not None]
-        square = torch.stack([part.double().square().sum() for part in parts]).sum()
+        if self._group is None and not isinstance(self._objective, FSDPModule):
+            return nn.utils.clip_grad_norm_(self._plain.parameters(), norm)
+        shards = {shard.weight: shard.group.copies for shard in self._shards.values()}
+        parts, squares = [], []
+        for weight in self._plain.parameters():
+            if weight.grad is not None:
+                spread_out = isinstance(weight.grad, DTensor)
+                parts.append(weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad)
+                holders = 1 if spread_out else shards.get(weight, self.part.world)  # of the very same part
+                squares.append(parts[-1].double().square().sum() / holders)
+        square = torch.stack(squares).sum()
         dist.all_reduce(square)
         length = square.sqrt()
         scale = (norm / (length + 1e-6)).clamp(max=1.0)  # as nn.utils.clip_grad_norm_
@@ -79,8 +99,15 @@ class Parallel:
     def evaluate(self, queries: Queries, config: EvaluateConfig, num_items: int) -> dict[str, float]:
         """The metrics over all queries, ranked by all workers together."""
         self._plain.eval()
-        scorer = prediction_scorer(self._plain.answer, self._plain.model.max_length, self.device)
-        found = evaluate(scorer, queries, config, num_items, self.part)
+        answer, longest, group = self._plain.answer, self._plain.model.max_length, self._group
+        together = isinstance(self._objective, FSDPModule)
+        if group is None:
+            ranker: Ranker = partial(rank_scores, prediction_scorer(answer, longest, self.device))
+            part = Part(self.part.rank, self.part.world, self.part.sum_over_workers, together)
+        else:
+            ranker = sharded_ranker(answer, longest, group, num_items + 1)
+            part = Part(group.copy, group.copies, group.sum_over_copies, together)
+        found = evaluate_ranker(ranker, queries, config, num_items, part)
         for module in self._plain.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what was gathered would not see weights that are loaded later
@@ -88,19 +115,20 @@ class Parallel:
 
 
 def spread(objective: Objective, place: Place, config: TrainConfig) -> nn.Module:
-    """The objective, or what stands for it, on its device and in step with the other workers."""
+    """The objective, or what stands for it, on its device and in step with the other workers; shards stay alone."""
     if place.world == 1:
         return objective.to(place.device)
+    shards = shards_of(objective)
     if config.parallel == "ddp":
+        kept = {name for name, _ in objective.named_buffers()} - objective.state_dict().keys()
+        # What is no part of the state is the same everywhere and never changes, so it need not be sent in each step.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, [*shards, *kept])  # type: ignore[no-untyped-call]
         return DistributedDataParallel(objective.to(place.device), gradient_as_bucket_view=True)
     mesh = init_device_mesh(place.device.type, (place.world,))
     for block in blocks_of(objective):
         fully_shard(block, mesh=mesh)
     # What is outside of the blocks, the item table above all, is needed from the first layer to the loss.
-    fully_shard(objective, mesh=mesh, reshard_after_forward=False)
+    alone: set[nn.Parameter] = {shard.weight for shard in shards.values()}
+    fully_shard(objective, mesh=mesh, reshard_after_forward=False, ignored_params=alone)
     register_fsdp_forward_method(objective, "answer")
     return objective
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -19,7 +19,7 @@ FREE_TO_CHANGE = (
     "name", "output", "serve", "tracking", "cluster", "evaluate.bundle", "evaluate.split", "evaluate.batch_size",
     "data.path", "data.store", "train.num_workers", "train.device", "train.cpus_per_worker", "train.checkpoint_steps",
     "train.keep_checkpoints", "train.max_failures", "tune.max_concurrent", "train.accumulate_steps",
-    "train.activation_checkpointing", "train.parallel", "train.on_nan",
+    "train.activation_checkpointing", "train.parallel", "train.vocabulary_parallel", "train.on_nan",
 )  # fmt: skip
 """What may differ when an unfinished run or search goes on: nothing of it decides what is learnt.
 

@@ -147,6 +147,7 @@ class Trainer:
                 part = self._parallel.loss(step, key)
                 self._parallel.backward(part * self._finite.factor(part), step)
             loss = loss + part.detach()
+        self._parallel.meet()
         self._clock.gradients_are_summed()
         norm = self._parallel.clip(train.clip_norm or math.inf)
         for group in self._state.optimizer.param_groups:

@@ -28,6 +28,7 @@ from train.checkpoints import Checkpoints
 from train.finite import TrainingError
 from train.gauges import Gauges
 from train.job import Job
+from train.layout import held_here
 from train.narrator import Narrator
 from train.objective import Objective
 from train.optimizer import build_optimizer
@@ -35,8 +36,10 @@ from train.parallel import Parallel
 from train.place import Place, from_first, is_first, sum_over_workers
 from train.run_log import Say, sender
 from train.runs import StaleAttempt, check_attempt
+from train.sharded_softmax import sharded_loss
 from train.state import TrainState
 from train.trainer import Trainer
+from train.vocabulary_group import VocabularyGroup
 from train.warm_start import start_from
 
 Report = Callable[[Mapping[str, float]], None]
@@ -78,10 +81,10 @@ def work(job: Job, place: Place, report: Report, say: Say, gauges: Gauges | None
         if config.train.activation_checkpointing:
             checkpoint_blocks(model)
     parameters = sum(weight.numel() for weight in model.parameters())
-    objective = Objective(
-        model, build_loss(config.loss), store.num_items, config.train.precision, Popularity.of(store.catalogue)
-    )
-    parallel = Parallel(objective, place, config.train)
+    group = VocabularyGroup.of(place, config.train.vocabulary_parallel)
+    loss = build_loss(config.loss) if group is None else sharded_loss(config.loss, group, store.num_items + 1)
+    objective = Objective(model, loss, store.num_items, config.train.precision, Popularity.of(store.catalogue))
+    parallel = Parallel(objective, place, config.train, group)
     state = TrainState(model, build_optimizer(model, config.train))
     checkpoints = Checkpoints.at(join(job.run_folder, "checkpoints"), config.train.keep_checkpoints)
     checkpoint, passed_over = go_on(state, checkpoints)
@@ -92,7 +95,7 @@ def work(job: Job, place: Place, report: Report, say: Say, gauges: Gauges | None
         still_ours = partial(check_attempt, job.run_folder, job.attempt, job.owner)
         writer = CheckpointWriter(checkpoints, still_ours, narrator.tell)
     try:
-        narrator.start(job, parameters, store, place.device.type, place.world)
+        narrator.start(job, parameters, held_here(model), store, place.device.type, place.world)
         narrator.origin(job, checkpoint, passed_over, known)
         trainer = Trainer(config, store, state, parallel, narrator, writer)
         trainer.train(report)

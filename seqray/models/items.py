@@ -25,6 +25,9 @@ WEEKS = 53
 class ItemTable(nn.Embedding):
     """A row for each item, zeros for padding; fine-tuning matches its rows by item_id."""
 
+    rows = slice(None)
+    """Items whose rows are here: all, unless workers share them out."""
+
     def __init__(self, num_items: int, dim: int) -> None:
         super().__init__(num_items + 1, dim, padding_idx=0)
 
@@ -65,9 +68,10 @@ class ItemEmbedding(nn.Module):
 
     def weights(self) -> Tensor:
         """weights_VD of items that are scored."""
-        weights_VD: Tensor = (self.embedding if self.output is None else self.output).weight
+        table = self.embedding if self.output is None else self.output
+        weights_VD: Tensor = table.weight
         for list_V, means_KD in self._columns():
-            weights_VD = weights_VD + F.embedding(list_V, means_KD)
+            weights_VD = weights_VD + F.embedding(list_V[table.rows], means_KD)
         return F.normalize(weights_VD, dim=1) if self._normalize else weights_VD
 
     def question(self, hidden_PD: Tensor) -> Tensor:
