@@ -27,7 +27,8 @@ class TrainConfig(Section):
     divide num_workers. Needs loss.type: softmax, and a model that keeps its items in an ItemTable, as all of ours do.
     """
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast where the hardware multiplies bf16 (on a CPU inside a narrow model not: it does not pay)."""
+    """auto: bf16 autocast where the hardware multiplies bf16 (on a CPU inside a narrow model without kernels
+    not: it does not pay)."""
     init_from: str | None = None
     """Bundle whose weights a new run starts from; its items are matched by id, new ones start anew."""
     epochs: int = Field(20, ge=1)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from seqray.full_softmax import ROWS
 from seqray.losses import Loss
 from seqray.models.protocol import Prediction, SequentialModel, predict
+from seqray.native.library import operators
 from seqray.negatives import Popularity, step_negatives
 from seqray.samples import Step
 from seqray.sequences import Batch
 
 WIDE = 128
-"""From this many hidden dimensions on, bf16 pays on a CPU inside the model too."""
+"""From this many hidden dimensions on, bf16 pays on a CPU inside a model without kernels too."""
 
 
 class Objective(nn.Module):
@@ -36,8 +37,9 @@ class Objective(nn.Module):
     def prediction(self, batch: Batch) -> Prediction:
         """What the model says of the batch."""
         device = batch.items_T.device.type
-        bf16 = uses_bf16(self._precision, device) and (device != "cpu" or self._bf16_pays)
-        if bf16 and device == "cpu":
+        kernels = device == "cpu" and getattr(self.model, "kernels", False) and operators(build=True) is not None
+        bf16 = uses_bf16(self._precision, device) and (device != "cpu" or kernels or self._bf16_pays)
+        if bf16 and device == "cpu" and not kernels:
             # Each new shape of a bf16 product costs more than the product there, so that few shapes have to do.
             batch = batch.rounded(ROWS, self.model.max_length)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):

@@ -4,8 +4,6 @@ A block is x + attention(norm(x)) * sigmoid(gate(x)), then the same with a SwiGL
 norm as in SASRec. Everything works on packed events. Shapes: T packed events, D hidden.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +12,7 @@ from seqray.model_sections import ESASRecConfig, PositionsConfig
 from seqray.models.dropout import Dropout
 from seqray.models.sasrec import SASRec
 from seqray.models.stream import Stream
+from seqray.native.linear import linear
 
 
 class ESASRec(SASRec):
@@ -44,10 +43,11 @@ class LiGRBlock(nn.Module):
 
     def forward(self, hidden_TD: Tensor, stream: Stream) -> Tensor:
         """One block over packed events."""
-        mixed_TD = stream.attend(self.qkv(self.attention_norm(hidden_TD)), self.num_heads, self.attention_dropout)
-        gate_TD = torch.sigmoid(self.attention_gate(hidden_TD))
-        hidden_TD = hidden_TD + self.dropout(self.out(mixed_TD)) * gate_TD
-        normed_TD = self.feedforward_norm(hidden_TD)
-        inner = self.dropout(F.silu(self.switch(normed_TD)) * self.expand(normed_TD))
-        gate_TD = torch.sigmoid(self.feedforward_gate(hidden_TD))
-        return hidden_TD + cast(Tensor, self.dropout(self.contract(inner)) * gate_TD)
+        qkv_TD3 = linear(hidden_TD, self.qkv, norm=self.attention_norm)
+        mixed_TD = stream.attend(qkv_TD3, self.num_heads, self.attention_dropout)
+        gate_TD = torch.sigmoid(linear(hidden_TD, self.attention_gate))
+        hidden_TD = hidden_TD + linear(mixed_TD, self.out, dropout=self.dropout) * gate_TD
+        switch = F.silu(linear(hidden_TD, self.switch, norm=self.feedforward_norm))
+        inner = self.dropout(switch * linear(hidden_TD, self.expand, norm=self.feedforward_norm))
+        gate_TD = torch.sigmoid(linear(hidden_TD, self.feedforward_gate))
+        return hidden_TD + linear(inner, self.contract, dropout=self.dropout) * gate_TD

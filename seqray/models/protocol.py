@@ -20,12 +20,13 @@ class SequentialModel(Protocol):
     """Scores are `hidden @ weights.T`: a hidden state for each asked event, a weight vector for each item.
 
     A model is an `nn.Module` built as `Model(config, catalogue)`, single-device code, with its section as `Config`
-    and `max_length` events of history that it can see. Four things are optional:
+    and `max_length` events of history that it can see. Five things are optional:
 
     - `causal = False`: it reads whole sequences, so only the newest event of each can be asked for.
     - `training_view(step, draws) -> Step`: it is trained on something else than the next events (BERT4Rec's masks).
     - parts of an `nn.ModuleList` are blocks: called, once in a pass, and never asked for their insides, so that
       train.activation_checkpointing and FSDP can take them one by one.
+    - `kernels = True`: its linear layers go through `seqray.native.linear`, so that bf16 pays on a CPU at any width.
     - `history_scores(batch, hidden_PD) -> HistoryScores`: it adds to the scores of items of the history.
     """
 

@@ -4,16 +4,14 @@ Pre-norm blocks (x + attention(norm(x)), x + feed_forward(norm(x))) and a last n
 output. Everything works on packed events. Shapes: T packed events, P asked events, D hidden, V items + padding.
 """
 
-from typing import cast
-
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from seqray.catalogue import Catalogue
 from seqray.model_sections import FeedForwardConfig, PositionsConfig, SASRecConfig
 from seqray.models.dropout import Dropout
 from seqray.models.items import EventEmbedding, ItemEmbedding, initialize
 from seqray.models.stream import Stream
+from seqray.native.linear import linear
 from seqray.sections import Component
 from seqray.sequences import Batch
 
@@ -22,6 +20,7 @@ class SASRec(nn.Module):
     """A causal transformer over packed events."""
 
     Config: type[Component] = SASRecConfig
+    kernels = True
 
     def __init__(self, config: PositionsConfig, catalogue: Catalogue) -> None:
         super().__init__()
@@ -70,7 +69,8 @@ class Block(nn.Module):
 
     def forward(self, hidden_TD: Tensor, stream: Stream) -> Tensor:
         """One block over packed events."""
-        mixed_TD = stream.attend(self.qkv(self.attention_norm(hidden_TD)), self.num_heads, self.attention_dropout)
-        hidden_TD = hidden_TD + self.dropout(self.out(mixed_TD))
-        inner = F.gelu(self.expand(self.feedforward_norm(hidden_TD)))
-        return hidden_TD + cast(Tensor, self.dropout(self.contract(inner)))
+        qkv_TD3 = linear(hidden_TD, self.qkv, norm=self.attention_norm)
+        mixed_TD = stream.attend(qkv_TD3, self.num_heads, self.attention_dropout)
+        hidden_TD = linear(mixed_TD, self.out, residual_TO=hidden_TD, dropout=self.dropout)
+        inner = linear(hidden_TD, self.expand, norm=self.feedforward_norm)
+        return linear(inner, self.contract, gelu=True, residual_TO=hidden_TD, dropout=self.dropout)

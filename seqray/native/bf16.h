@@ -75,17 +75,18 @@ inline void pair_columns(
   }
 }
 
-// (rows, columns), each row times its factor -> its transpose (columns, width), zeros after `rows`.
-inline void scaled_columns(
-    const float* from, int64_t ld_from, int64_t rows, int64_t columns, const float* factor, bf16* into, int64_t ld_into,
-    int64_t width) {
+// (rows, columns) -> its transpose (columns, ld_into), zeros from `rows` to `width`, a multiple of 16. With `factor` each
+// row is multiplied by its own.
+inline void turn(
+    const float* from, int64_t ld_from, int64_t rows, int64_t columns, bf16* into, int64_t ld_into, int64_t width,
+    const float* factor = nullptr) {
   for (int64_t r = 0; r < width; r += LANES) {
     for (int64_t c = 0; c < columns; c += LANES) {
       __m512 tile[16];
       for (int64_t i = 0; i < LANES; i++) {
         const __mmask16 some = r + i < rows ? first_lanes(columns - c) : 0;
-        const __m512 row = _mm512_maskz_loadu_ps(some, from + (r + i) * ld_from + c);
-        tile[i] = some ? _mm512_mul_ps(row, _mm512_set1_ps(factor[r + i])) : row;
+        tile[i] = _mm512_maskz_loadu_ps(some, from + (r + i) * ld_from + c);
+        if (some && factor) tile[i] = _mm512_mul_ps(tile[i], _mm512_set1_ps(factor[r + i]));
       }
       transpose_16(tile);
       for (int64_t i = 0; i < std::min(LANES, columns - c); i++) {

@@ -189,7 +189,7 @@ double block(
     loss += targets_of(in, row, first, last, rows.reference[r] + std::log(rows.sum[r]), slope);
     first = last;
   }
-  if (slopes) scaled_columns(wide, in.D, count, in.D, factor, chunk.hidden + from, chunk.rows, ROWS);
+  if (slopes) turn(wide, in.D, count, in.D, chunk.hidden + from, chunk.rows, ROWS, factor);
   return loss;
 }
 

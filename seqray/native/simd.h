@@ -135,6 +135,25 @@ inline __m512i mixed(__m512i x) {
   return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
 }
 
+// The distribution function of the normal by Abramowitz & Stegun 7.1.26 (error 8e-8).
+struct Normal {
+  explicit Normal(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1), half = _mm512_set1_ps(0.5f), size = _mm512_abs_ps(x);
+    bell = exp2(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f * LOG2_E)));
+    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f * 0.70710678f), one));
+    __m512 tail = _mm512_set1_ps(1.061405429f);
+    tail = _mm512_fmadd_ps(tail, t, _mm512_set1_ps(-1.453152027f));
+    tail = _mm512_fmadd_ps(tail, t, _mm512_set1_ps(1.421413741f));
+    tail = _mm512_fmadd_ps(tail, t, _mm512_set1_ps(-0.284496736f));
+    tail = _mm512_fmadd_ps(tail, t, _mm512_set1_ps(0.254829592f));
+    tail = _mm512_mul_ps(_mm512_mul_ps(_mm512_mul_ps(tail, t), bell), half);
+    const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
+    share = _mm512_mask_mov_ps(_mm512_sub_ps(one, tail), negative, tail);
+  }
+
+  __m512 bell, share;  // exp(-x^2 / 2), and the share of the distribution below x
+};
+
 // Which of 16 draws stay: a share of 1 - rate.
 struct Dropout {
   Dropout(double rate, int64_t seed)
