@@ -30,12 +30,14 @@ class Cache:
     folder: Path = field(default_factory=default_folder)
     days: float = 7.0
     """Copies that nobody asked for in so many days go when another one is fetched."""
+    shard_bytes: int = 100 << 30
+    """What the copies of one sharded store's events may take."""
 
     @classmethod
     def of(cls, config: ClusterConfig) -> "Cache":
         """The cache that a config asks for."""
         folder = Path(config.cache_folder).expanduser().absolute() if config.cache_folder else default_folder()
-        return cls(folder, config.cache_days)
+        return cls(folder, config.cache_days, int(config.cache_shards_gib * 2**30))
 
     def fetch(self, location: str | Path) -> Path:
         """A local folder with what is published at `location`: a local one as it is, a remote one as a copy.

@@ -105,6 +105,10 @@ class DataConfig(Section):
     """Training, validation and test."""
     store: str = ""
     """Folder of the prepared store; `<output>/stores/<name>` when not given."""
+    store_shards: int = Field(0, ge=0, le=100_000)
+    """For a store larger than a node's disk: its events in so many files, of which a node holds a few at a time. It has
+    a data order of its own. 0: one file, of which each node has a copy.
+    """
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -72,8 +72,10 @@ def evaluate_ranker(
     result is the same to the last bit. ModelError on scores that are no numbers.
     """
     part = part or Part()
-    query_P, _ = queries.targets()
-    most_targets = int(torch.bincount(query_P).max()) if len(query_P) else 1
+    most_targets = 1
+    if queries.are_baskets and len(queries):
+        query_P, _ = queries.targets()
+        most_targets = int(torch.bincount(query_P).max())
     counts = RankCounts.empty(max(config.k), most_targets)
     shown_KV = torch.zeros(len(config.k), num_items + 1, dtype=torch.int64)
     no_numbers = torch.zeros(1, dtype=torch.int64)

@@ -232,3 +232,5 @@ class ClusterConfig(Section):
     """Folder on each node's own disk for copies of what lies behind URIs; `~/.cache/seqray` when null."""
     cache_days: float = Field(7.0, gt=0)
     """Copies that nobody asked for in so many days are deleted when another one is fetched."""
+    cache_shards_gib: float = Field(100.0, gt=0)
+    """What a node's copies of the shards of one store may take (data.store_shards), in GiB."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from seqray.event_shards import lane_order
 from seqray.sequences import Batch, IntArray, SequenceStore, ranges
 
 CountArray = npt.NDArray[np.int32]
@@ -79,6 +80,11 @@ class TrainingSamples:
         weigh: Literal["items", "baskets"] = "items", half_life_days: float | None = None,
     ) -> None:  # fmt: skip
         self._store, self._seed, self._prefixes = store, seed, prefixes
+        if target == "next_item" and not prefixes and weigh == "items" and half_life_days is None:
+            self._following_E, self._weight_E = None, None
+            self._windows = _user_rows(store, store.events_until(until), max_length, windows)
+            self._targets = self._windows.length
+            return
         following_E = _following(store, store.events_until(until), target)
         self._following_E = None if target == "next_item" and not prefixes else following_E
         asked_E = np.flatnonzero(following_E)
@@ -113,8 +119,13 @@ class TrainingSamples:
         return -(-len(self) // batch_size)
 
     def order(self, epoch: int) -> IntArray:
-        """The permutation of the samples in `epoch`."""
-        return np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(len(self))
+        """The permutation of the samples in `epoch`; of a store in shards the one of `lane_order`."""
+        random = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+        bounds = self._store.shard_bounds
+        if bounds is None:
+            return random.permutation(len(self))
+        shard = np.searchsorted(bounds, self._windows.start, side="right") - 1
+        return lane_order(np.bincount(shard, minlength=len(bounds) - 1), random)
 
     def step(self, order: IntArray, step: int, batch_size: int, rank: int, world: int) -> Step:
         """What worker `rank` of `world` trains on in `step`; every world-th sample of the global batch."""
@@ -164,6 +175,7 @@ def _following(store: SequenceStore, end_U: IntArray, target: Target) -> CountAr
     room = np.repeat(end_U, np.diff(store.offsets)) - position - 1
     if target == "next_item":
         return (room > 0).astype(np.int32)
+    assert isinstance(store.timestamps, np.ndarray)  # not of a store in shards
     new = np.append(store.timestamps[1:] != store.timestamps[:-1], True) | (room == 0)
     ends = np.flatnonzero(new & (room >= 0))
     size = np.append(np.diff(ends), 0).astype(np.int32)
@@ -193,10 +205,21 @@ def _weights(
     return weight / np.float32(max(float(weight[targets].mean()), 1e-30)) if len(targets) else weight
 
 
+def _user_rows(store: SequenceStore, end_U: IntArray, max_length: int, windows: str) -> Windows:
+    """`_rows` for a target after each event, from the users alone."""
+    some = end_U > 1
+    begin = store.offsets[:-1][some]
+    return _cut(begin, begin + end_U[some] - 1, max_length, windows)
+
+
 def _rows(store: SequenceStore, asked: IntArray, user: IntArray, max_length: int, windows: str) -> Windows:
     """Windows that end at the user's last asked event; earlier ones too where `windows` is all."""
     last = np.flatnonzero(np.append(user[1:] != user[:-1], True)) if len(user) else np.zeros(0, np.int64)
-    begin, end = store.offsets[user[last]], asked[last] + 1
+    return _cut(store.offsets[user[last]], asked[last] + 1, max_length, windows)
+
+
+def _cut(begin: IntArray, end: IntArray, max_length: int, windows: str) -> Windows:
+    """Of each run of events the newest max_length, or all of it in such pieces."""
     count = np.ones_like(end) if windows == "last" else -(-(end - begin) // max_length)
     begin, stop = np.repeat(begin, count), np.repeat(end, count) - max_length * ranges(np.zeros_like(count), count)
     start = np.maximum(stop - max_length, begin)

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,19 +16,25 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from seqray.cache import Cache
 from seqray.catalogue import Catalogue
 from seqray.errors import DataError
+from seqray.event_shards import EventShards, ShardColumn, read_shards
 from seqray.storage import MANIFEST_FILE
 from seqray.vocabulary import ItemVocabulary
 
 FORMAT_VERSION = 1
 SEQUENCES_FILE = "sequences.arrow"
+USERS_FILE = "users.arrow"
 ITEMS_FILE = "items.parquet"
 EVENT_TYPES = "event_types"
 UNKNOWN_TIME = -(2**63)
 """In a batch: a time that nobody told; it equals no other time, itself included."""
 SPLIT_COLUMNS = ("train_end", "val_start", "val_end", "test_start", "test_end")
 
+Kind = TypeVar("Kind", bound=np.generic)
+Column = npt.NDArray[Kind] | ShardColumn[Kind]
+"""What positions into the log index."""
 Split = Literal["val", "test"]
 IntArray = npt.NDArray[np.int64]
 
@@ -42,13 +48,18 @@ class SequenceStore:
     positions in the user's own history: training is history[:train_end], the targets of validation are
     history[val_start:val_end] and its history is history[:val_start]; test likewise. No target: start == end (with a
     temporal split start is then the number of events before the period, or 0 for a user without history).
+
+    Of a store in shards `users.arrow` has the columns of the users and the position of their first event, and the
+    events are columns of files of their own (`seqray.event_shards`).
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, location: str | None = None, cache: Cache | None = None) -> None:
+        """location: where the store was published, of which `folder` may be a copy; cache: for its shards."""
         self.folder = Path(folder)
-        path = self.folder / SEQUENCES_FILE
         try:
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+            shards = read_shards(self.folder)
+            path = self.folder / (USERS_FILE if shards else SEQUENCES_FILE)
             batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         except (OSError, ValueError, pa.ArrowInvalid) as error:
             raise DataError(f"{self.folder}: not a prepared store: {error}") from error
@@ -57,18 +68,34 @@ class SequenceStore:
                 f"{self.folder}: format_version is {self.manifest.get('format_version')}, not {FORMAT_VERSION}"
             )
         self.user_ids: pa.Array = batch.column("user_id")
-        self.offsets: IntArray = batch.column("items").offsets.to_numpy()
-        self.items: npt.NDArray[np.int32] = batch.column("items").values.to_numpy()
-        self.timestamps: IntArray = batch.column("timestamps").values.to_numpy()
-        self.event_types: npt.NDArray[np.int8] | None = None
-        if EVENT_TYPES in batch.schema.names:
-            self.event_types = batch.column(EVENT_TYPES).values.to_numpy()
+        self.shard_bounds: IntArray | None = None
+        """Of a store in shards: the position of the first event of each shard, then the number of events."""
+        if shards:
+            self._open_shards(batch, EventShards(location or str(folder), shards, cache or Cache()))
+        else:
+            self._open_events(batch)
         split = {name: batch.column(name).to_numpy() for name in SPLIT_COLUMNS}
         self.train_end = split["train_end"]
         self._targets = {
             "val": (split["val_start"], split["val_end"]),
             "test": (split["test_start"], split["test_end"]),
         }
+
+    def _open_events(self, batch: Any) -> None:
+        self.offsets: IntArray = batch.column("items").offsets.to_numpy()
+        self.items: Column[np.int32] = batch.column("items").values.to_numpy()
+        self.timestamps: Column[np.int64] = batch.column("timestamps").values.to_numpy()
+        self.event_types: Column[np.int8] | None = None
+        if EVENT_TYPES in batch.schema.names:
+            self.event_types = batch.column(EVENT_TYPES).values.to_numpy()
+
+    def _open_shards(self, batch: Any, shards: EventShards) -> None:
+        self.shard_bounds = shards.bounds
+        self.offsets = np.append(batch.column("offset").to_numpy(), shards.bounds[-1])
+        self.items = ShardColumn(shards, "items", np.int32)
+        self.timestamps = ShardColumn(shards, "timestamps", np.int64)
+        typed = self.manifest["data"].get(EVENT_TYPES)
+        self.event_types = ShardColumn(shards, EVENT_TYPES, np.int8) if typed else None
 
     @cached_property
     def items_table(self) -> pa.Table:

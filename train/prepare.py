@@ -36,7 +36,8 @@ def open_store(config: Config) -> "SequenceStore":
     from seqray.cache import Cache
     from seqray.sequences import SequenceStore
 
-    return SequenceStore(Cache.of(config.cluster).fetch(config.data.store))
+    cache = Cache.of(config.cluster)
+    return SequenceStore(cache.fetch(config.data.store), str(config.data.store), cache)
 
 
 def prepare_store(config: Config) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def prepare_store(config: Config) -> dict[str, Any]:
 
     DataError when the log does not fit; then an older store stays as it was.
     """
+    from seqray.event_shards import publish_shards
     from seqray.interactions import shuffled_ties
     from seqray.log_reader import read_log
     from seqray.splits import split_positions
@@ -74,13 +76,19 @@ def prepare_store(config: Config) -> dict[str, Any]:
     }
     split = split_positions(events, data.split)
     folder = temporary_folder(data.store)
+    shards = temporary_folder(data.store) if data.store_shards else None
     try:
         manifest = write_store(
-            folder, events, split, data, bad_rows=log.bad_rows, counts=counts, fingerprint=fingerprint
-        )
+            folder, events, split, data, bad_rows=log.bad_rows, counts=counts, fingerprint=fingerprint,
+            shards_folder=shards,
+        )  # fmt: skip
+        if shards is not None:
+            publish_shards(shards, data.store)
         publish(folder, data.store)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for temporary in (folder, shards):
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 

@@ -232,6 +232,12 @@ def training_samples(config: Config, store: SequenceStore, model: SequentialMode
         raise ConfigError(f"train.samples: model.type {config.model.type} is not causal, so it learns from prefixes")
     if has_view and (train.samples == "prefixes" or target == "next_basket"):
         raise ConfigError(f"train: model.type {config.model.type} learns from samples: rows and target: next_item")
+    weighed = train.weigh != "items" or train.half_life_days is not None
+    if store.shard_bounds is not None and (whole or train.samples == "prefixes" or target != "next_item" or weighed):
+        raise ConfigError(
+            "data.store_shards: trains on samples: rows and target: next_item, with weigh: items and without "
+            "half_life_days; all else needs the whole log in memory"
+        )
     if train.half_life_days is not None and not store.has_timestamps:
         raise ConfigError("train.half_life_days: needs times in the log (data.columns.timestamp)")
     return TrainingSamples(

@@ -157,7 +157,8 @@ def all_or_none(place: Place, say: Say) -> Iterator[None]:
 
 def store_of(job: Job, config: Config) -> SequenceStore:
     """The store of the job, from this node's copy when it is remote; DataError when the run began with another one."""
-    store = SequenceStore(Cache.of(config.cluster).fetch(job.store))
+    cache = Cache.of(config.cluster)
+    store = SequenceStore(cache.fetch(job.store), job.store, cache)
     if store.manifest["content_sha256"] != job.content:
         raise DataError(f"{job.store}: has changed since the run began")
     return store
