@@ -37,7 +37,7 @@ def bucket(module_port: int) -> Iterator[Bucket]:
 @pytest.fixture
 def whole(tmp_path: Path) -> Config:
     write_log(tmp_path, num_users=400)
-    return shop_config(tmp_path, name="whole", train={"batch_size": 32})
+    return shop_config(tmp_path, name="whole", train={"batch_size": 32}, evaluate={"batch_size": 64})
 
 
 def sharded(config: Config, name: str, **changes: Any) -> Config:
