@@ -32,7 +32,7 @@ NOT_SEARCHED = (
     "train.num_workers", "train.cpus_per_worker", "train.device", "train.monitor", "train.epochs",
     "train.evaluate_every", "train.init_from", "train.checkpoint_steps", "train.keep_checkpoints", "train.max_failures",
     "train.accumulate_steps", "train.activation_checkpointing", "train.parallel", "train.vocabulary_parallel",
-    "train.on_nan",
+    "train.on_nan", "train.max_preemptions", "train.hang_timeout_s", "train.start_timeout_s", "train.resize_interval_s",
 )  # fmt: skip
 """What all trials of a search have in common."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

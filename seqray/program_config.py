@@ -12,8 +12,10 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class TrainConfig(Section):
     """Fine-tuning: where it runs, how long, and how the weights move."""
 
-    num_workers: int = Field(1, ge=0, le=4096)
-    """Ray Train workers; 0 trains in the command's own process without a cluster."""
+    num_workers: int | tuple[int, int] = 1
+    """Ray Train workers; 0 trains in the command's own process without a cluster. [2, 8] is elastic: as many of 2 to 8
+    as the cluster holds, more when it grows and fewer when it shrinks.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU for each worker where the cluster (or this process) has them."""
     cpus_per_worker: int = Field(1, ge=1)
@@ -83,11 +85,46 @@ class TrainConfig(Section):
     """A step whose loss or gradients are no numbers, on any worker: end the run, or leave the step out on all of them.
     """
     max_failures: int = Field(3, ge=0)
-    """Times Ray Train starts the workers again after one of them died."""
+    """Times Ray Train starts the workers again after one of them died; a preempted node does not count."""
+    max_preemptions: int = Field(100, ge=0)
+    """Times it does so after a node was preempted."""
+    hang_timeout_s: float = Field(600, gt=0)
+    """Seconds without headway (a step, a batch of an evaluation) after which the workers end and are started again."""
+    start_timeout_s: float = Field(300, gt=0)
+    """Seconds that a cluster may take to have room for the workers, at the start and after a failure; then the run
+    ends.
+    """
+    resize_interval_s: float = Field(60, gt=0)
+    """Elastic: seconds between looks at the cluster for another number of workers. A resize costs the steps since the
+    last checkpoint.
+    """
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _workers_fit(cls, given: Any) -> Any:
+        numbers = given if isinstance(given, list | tuple) else (given,)
+        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        if not whole or len(numbers) not in {1, 2} or (isinstance(given, list | tuple) and len(numbers) == 1):
+            raise ValueError("a whole number, or [least, most] for an elastic run")
+        if not (0 <= numbers[0] <= numbers[-1] <= 4096) or (len(numbers) == 2 and numbers[0] < 1):
+            raise ValueError("from 0 to 4096 workers; elastic: [least, most], from 1")
+        return given
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @model_validator(mode="after")
     def _groups_fit(self) -> Self:
-        if max(1, self.num_workers) % self.vocabulary_parallel:
+        if self.vocabulary_parallel > 1 and self.min_workers != self.max_workers:
+            raise ValueError("an elastic run has any number of workers, so vocabulary_parallel is 1 there")
+        if max(1, self.max_workers) % self.vocabulary_parallel:
             raise ValueError(
                 f"vocabulary_parallel {self.vocabulary_parallel} does not divide num_workers {self.num_workers}"
             )

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -86,13 +87,15 @@ class Explodes(SASRec):
 
 class StruckConfig(Component):
     order: str
-    """File that tells what shall happen, `train|eval CALL RANK kill|stop|nan`, once; there may be none."""
+    """File that tells what shall happen, `train|eval|write COUNT RANK kill|stop|nan`, once; there may be none."""
     dropout: float = 0.0
     hidden_dim: int = 16
 
 
 class Struck(SASRec):
-    """A SASRec that strikes its own process, in a stated call of `encode` (counted from the start of the process)."""
+    """A SASRec that strikes its own process: in a stated call of `encode` in training or in evaluation, counted from
+    the start of the process, or (`write`) when a checkpoint that is written gets its name.
+    """
 
     Config = StruckConfig  # type: ignore[assignment]
 
@@ -100,20 +103,28 @@ class Struck(SASRec):
         sasrec = SASRecConfig(hidden_dim=config.hidden_dim, num_blocks=1, dropout=config.dropout, max_length=8)
         super().__init__(sasrec, catalogue)
         self._order = Path(config.order)
-        self._calls = {"train": 0, "eval": 0}
+        self._counts = {"train": 0, "eval": 0, "write": 0}
+        sys.addaudithook(self._see)
 
     def encode(self, batch: Batch) -> Tensor:
         hidden = super().encode(batch)
-        mode = "train" if self.training else "eval"
-        self._calls[mode] += 1
-        if not self._order.exists():
-            return hidden
-        when, call, rank, what = self._order.read_text().split()
+        return hidden * float("nan") if self._is_struck("train" if self.training else "eval") else hidden
+
+    def _see(self, event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.rename" and "/.step_" in str(arguments[0]) and str(arguments[0]).endswith(".new"):
+            self._is_struck("write")
+
+    def _is_struck(self, what: str) -> bool:
+        """True when the result shall be no number; kills or stops the process when it shall be that."""
+        self._counts[what] += 1
+        try:
+            when, count, rank, how = self._order.read_text().split()
+        except (FileNotFoundError, ValueError):
+            return False
         here = dist.get_rank() if dist.is_initialized() else 0
-        if when != mode or int(call) != self._calls[mode] or int(rank) != here:
-            return hidden
+        if when != what or int(count) > self._counts[what] or int(rank) != here:
+            return False
         self._order.unlink()
-        if what == "nan":
-            return hidden * float("nan")
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
-        return hidden
+        if how != "nan":
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+        return how == "nan"

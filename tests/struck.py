@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,19 +78,21 @@ def progress_in(folder: Path) -> dict[str, Any]:
 
 
 def run_workers(job: dict[str, Any], world: int, folder: Path) -> list[str | None]:
-    """Runs `work` in `world` processes on gloo, without Ray; what each raised, None when it ended well."""
-    rendezvous = folder / f"rendezvous-{len(list(folder.glob('rendezvous-*')))}"
-    results = FORK.Queue()
-    workers = [FORK.Process(target=_work, args=(job, rank, world, rendezvous, results)) for rank in range(world)]
+    """Runs `work` in `world` processes on gloo, without Ray: what each raised, None for one that ended well."""
+    meeting = Path(tempfile.mkdtemp(prefix="workers-", dir=folder))
+    workers = [FORK.Process(target=_work, args=(job, rank, world, meeting)) for rank in range(world)]
     for worker in workers:
         worker.start()
-    found = dict(results.get(timeout=120) for _ in workers)
     for worker in workers:
-        worker.join(60)
-    return [found[rank] for rank in range(world)]
+        worker.join(240)
+    codes = [worker.exitcode for worker in workers]
+    results = [meeting / f"result-{rank}" for rank in range(world)]
+    return [
+        path.read_text() or None if path.exists() else f"exit {code}" for path, code in zip(results, codes, strict=True)
+    ]
 
 
-def _work(job: dict[str, Any], rank: int, world: int, rendezvous: Path, results: Any) -> None:
+def _work(job: dict[str, Any], rank: int, world: int, meeting: Path) -> None:
     import torch
     import torch.distributed as dist
 
@@ -99,13 +102,13 @@ def _work(job: dict[str, Any], rank: int, world: int, rendezvous: Path, results:
     from train.worker import work
 
     log = RunLog(Folder.at(job["run_folder"]), echo=False)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    message = None
+    dist.init_process_group("gloo", init_method=f"file://{meeting / 'store'}", rank=rank, world_size=world)
+    message = ""
     try:
         work(Job(**job), Place(rank, world, torch.device("cpu")), lambda _: None, log.say)
     except SeqrayError as error:
         message = str(error)
-    results.put((rank, message))
+    (meeting / f"result-{rank}").write_text(message)
     dist.destroy_process_group()
 
 

@@ -275,3 +275,17 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_yaml_keeps_the_order_and_the_letters() -> None:
     assert dump_yaml({"b": "größe", "a": [1, None]}) == "b: größe\na:\n- 1\n- null\n"
+
+
+@pytest.mark.parametrize("given", ["two", [1], [0, 2], [3, 2], [1, 2, 3], -1, 5000, True, 2.5])
+def test_a_number_of_workers_that_cannot_be_is_answered_with_what_can(given: object) -> None:
+    with pytest.raises(ConfigError, match=r"train.num_workers: .*\[least, most\]"):
+        Config.parse({"name": "x", "data": {"path": "log.csv"}, "train": {"num_workers": given}})
+
+
+def test_an_elastic_number_of_workers_keeps_its_bounds() -> None:
+    config = Config.parse({"name": "x", "data": {"path": "log.csv"}, "train": {"num_workers": [2, 8]}})
+    assert (config.train.min_workers, config.train.max_workers) == (2, 8)
+    assert Config.parse(config.plain()) == config
+    with pytest.raises(ConfigError, match="vocabulary_parallel is 1"):
+        config.override({"train.vocabulary_parallel": 2})

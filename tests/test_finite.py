@@ -15,6 +15,9 @@ from train.finite import MOST_IN_A_ROW, Finite, TrainingError
 from train.fit import fit
 from train.runs import Run
 
+SIXTH_STEP = "train 7 1 nan"
+"""Of the second worker; several workers call the model once before the first step (`Parallel.warm_up`)."""
+
 
 def struck_config(folder: Path, **train: Any) -> Config:
     model = {"type": "broken_models:Struck", "order": str(folder / "order")}
@@ -23,7 +26,7 @@ def struck_config(folder: Path, **train: Any) -> Config:
 
 def test_stop_ends_all_workers_in_the_same_step_and_names_it(tmp_path: Path) -> None:
     job = job_of(struck_config(tmp_path), tmp_path)
-    (tmp_path / "order").write_text("train 6 1 nan")
+    (tmp_path / "order").write_text(SIXTH_STEP)
     first, second = run_workers(job.plain(), 2, tmp_path)
     assert first == second
     assert first is not None
@@ -34,7 +37,7 @@ def test_stop_ends_all_workers_in_the_same_step_and_names_it(tmp_path: Path) -> 
 
 def test_skip_leaves_the_step_out_on_all_workers(tmp_path: Path) -> None:
     job = job_of(struck_config(tmp_path, on_nan="skip"), tmp_path)
-    (tmp_path / "order").write_text("train 6 1 nan")
+    (tmp_path / "order").write_text(SIXTH_STEP)
     assert run_workers(job.plain(), 2, tmp_path) == [None, None]
     log = (Path(job.run_folder) / "train.log").read_text()
     assert "step 6 (epoch 2, step 2 of 4) skipped: the loss of worker 1 is no number" in log

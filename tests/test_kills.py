@@ -1,15 +1,16 @@
-"""A run in one process that is killed, anywhere, and started again equals an unbroken one to the last bit."""
+"""A run that is killed, anywhere, and started again on as many workers equals an unbroken one to the last bit."""
 
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from shop_log import shop_config, write_log
-from struck import Blow, killed
+from struck import Blow, job_of, killed, progress_in, run_workers
 
 from seqray.bundle import Bundle
 from seqray.config import Config
 from train.fit import fit
+from train.job import Job
 
 STEPS = 16
 """Of a run: 4 an epoch, 4 epochs; a checkpoint every 3 and after each best validation."""
@@ -34,7 +35,8 @@ def assert_goes_on_as_if_nothing_had_been(folder: Path, blow: Blow, unbroken: Bu
     assert left.keys() == right.keys()
     assert all((left[name] == right[name]).all() for name in left)
     differ = {key for key, value in unbroken.metrics.items() if bundle.metrics[key] != value}
-    assert differ <= {"train_seconds"}
+    assert differ <= {"train_seconds", "restarts", "wasted_steps"}
+    assert bundle.metrics["restarts"] == 1
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,36 @@ def test_killed_and_started_again(tmp_path: Path, unbroken: Bundle, blow: Blow) 
 @pytest.mark.parametrize("count", range(1, STEPS + 1))
 def test_killed_at_any_step(tmp_path: Path, unbroken: Bundle, count: int) -> None:
     assert_goes_on_as_if_nothing_had_been(tmp_path, Blow("step", count=count), unbroken)
+
+
+def killed_with(world: int, folder: Path, dropout: float) -> tuple[Job, Config]:
+    """A run on so many workers, the second of which is killed in step 6."""
+    model = {"type": "broken_models:Struck", "order": str(folder / "order"), "dropout": dropout}
+    config = shop_config(folder, model=model, train={"epochs": 3, "checkpoint_steps": 2})
+    job = job_of(config, folder)
+    (folder / "order").write_text("train 7 1 kill")  # the first call is Parallel.warm_up
+    results = run_workers(job.plain(), world, folder)
+    assert results[1] == "exit -9"
+    assert None not in results
+    return job, config
+
+
+def test_three_workers_go_on_to_the_last_bit(tmp_path: Path) -> None:
+    job, config = killed_with(3, tmp_path, dropout=0.3)
+    assert run_workers(job.plain(), 3, tmp_path) == [None] * 3
+    unbroken = job_of(config.override({"name": "unbroken"}), tmp_path)
+    assert run_workers(unbroken.plain(), 3, tmp_path) == [None] * 3
+    left, right = (load_file(Path(one.bundle) / "model.safetensors") for one in (unbroken, job))
+    assert all((left[name] == right[name]).all() for name in left)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_another_number_of_workers_goes_on_with_the_same_data(tmp_path: Path, world: int) -> None:
+    job, config = killed_with(2, tmp_path, dropout=0.0)  # dropout masks depend on the number of workers
+    assert run_workers(job.plain(), world, tmp_path) == [None] * world
+    unbroken = job_of(config.override({"name": "unbroken"}), tmp_path)
+    assert run_workers(unbroken.plain(), 2, tmp_path) == [None] * 2
+    broken, whole = (progress_in(Path(one.run_folder))["history"] for one in (job, unbroken))
+    for left, right in zip(broken, whole, strict=True):
+        assert left["step"] == right["step"]
+        assert left["train/loss"] == pytest.approx(right["train/loss"], rel=1e-4)

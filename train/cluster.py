@@ -1,6 +1,5 @@
 """Ray for train and tune: joining or starting a cluster, and one run on Ray Train's workers."""
 
-import contextlib
 import os
 import signal
 import threading
@@ -10,6 +9,7 @@ from typing import Any
 from seqray.config import Config
 from seqray.errors import ConfigError
 from seqray.locations import join
+from seqray.program_config import TrainConfig
 from seqray.storage import open_filesystem
 from train.finite import TrainingError
 from train.job import Job
@@ -20,10 +20,12 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # each line of a worker would appear twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the controller's next poll
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files that repeat what the runs write themselves
 }
-START_UP_RETRIES = 3
+NEVER = 1_000_000
+"""train.restarts.RoomInTime bounds the time that workers are asked for; how often within it does not matter."""
 
 
 def connect(config: Config, cpus: int, *, state_api: bool = False) -> bool:
@@ -70,12 +72,12 @@ def uses_gpu(config: Config) -> bool:
 
     if config.train.device != "auto":
         return config.train.device == "cuda"
-    return bool(ray.cluster_resources().get("GPU", 0) >= max(1, config.train.num_workers))
+    return bool(ray.cluster_resources().get("GPU", 0) >= max(1, config.train.min_workers))
 
 
 def train_on_ray(job: Job, config: Config, log: RunLog, callbacks: Sequence[Any] = ()) -> None:
     """Runs `job` on train.num_workers workers; a worker that dies is replaced and goes on from the last checkpoint."""
-    connect(config, config.train.num_workers * config.train.cpus_per_worker + 1)
+    connect(config, config.train.max_workers * config.train.cpus_per_worker + 1)
     with collected(log) as mailbox:
         _fit(job, config, mailbox, callbacks)
 
@@ -84,24 +86,18 @@ def _fit(job: Job, config: Config, mailbox: Any, callbacks: Sequence[Any]) -> No
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    class TellFailures(ray.train.UserCallback):  # type: ignore[misc]
-        """Writes to the run's log why workers are started again; lives in Ray's controller and must not raise."""
+    from train.restarts import RoomInTime, TellFailures, failed
 
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            with contextlib.suppress(ray.exceptions.RayError):
-                for rank, error in sorted(worker_exceptions.items()):
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                    sender(mailbox)(f"worker {rank} failed: {reason[:300]}")
-
-    train = config.train
-    storage, storage_path = open_filesystem(join(job.run_folder, "ray"))
-    use_gpu = uses_gpu(config)
+    train, say, use_gpu = config.train, sender(mailbox), uses_gpu(config)
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    storage, storage_path = open_filesystem(join(job.run_folder, "ray"))
+    _limit_waiting(train)
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"job": job.plain(), "mailbox": mailbox},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=train.num_workers, use_gpu=use_gpu, resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=train.resize_interval_s,
         ),
         run_config=ray.train.RunConfig(
             # Our own checkpoints decide where a run goes on, so Ray must not know this name from before.
@@ -109,14 +105,30 @@ def _fit(job: Job, config: Config, mailbox: Any, callbacks: Sequence[Any]) -> No
             storage_path=storage_path,
             storage_filesystem=storage,
             failure_config=ray.train.FailureConfig(
-                max_failures=train.max_failures, controller_failure_limit=START_UP_RETRIES
+                max_failures=train.max_failures, max_preemption_failures=train.max_preemptions,
+                controller_failure_limit=NEVER,
             ),
-            callbacks=[TellFailures(), *callbacks],
+            callbacks=[TellFailures(say), RoomInTime(train, resources, say), *callbacks],
         ),
-    )
+    )  # fmt: skip
     try:
         result = trainer.fit()
     except SystemExit as ended:  # how Ray Train answers Ctrl-C
         raise KeyboardInterrupt from ended
+    except ray.train.TrainingFailedError as error:
+        raise failed(error, train, job.run_folder) from error
     if result.return_value is not None:
         raise TrainingError(result.return_value)
+
+
+def _limit_waiting(train: TrainConfig) -> None:
+    """What Ray Train's controller reads when it starts: seconds it waits for room, a worker's answer, a barrier."""
+    from train.restarts import TRIES
+
+    # The workers' own watchdogs come first, since they know who holds the others up.
+    later = f"{2 * train.hang_timeout_s + 30:g}"
+    os.environ |= {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{train.start_timeout_s / TRIES:g}",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": later,
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": later,
+    }

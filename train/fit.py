@@ -12,8 +12,9 @@ from seqray.cache import Cache
 from seqray.config import Config
 from seqray.errors import ConfigError, DataError
 from seqray.folder import Folder
-from seqray.sequences import SequenceStore
+from seqray.sequences import SequenceStore, Split
 from seqray.tracking import resolve_mode
+from train.baseline_rows import Rows, baseline_rows
 from train.code import code_of
 from train.job import Job
 from train.place import Place
@@ -21,6 +22,8 @@ from train.prepare import ensure_store, open_store
 from train.run_log import RunLog
 from train.runs import Run, choose_run
 from train.worker import work
+
+SPLITS: tuple[Split, ...] = ("val", "test")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,11 @@ def fit(config: Config, *, fresh: bool = False, accept_changes: bool = False, tr
         if config.train.init_from and run.parent is None:
             run = run.with_parent(Bundle.load(config.train.init_from, config.component_types, cache).version)
         group = trial.search.name if trial else config.name
-        job = Job.of(config, run, output, group)
+        # Workers must not wait for their first one to rank the baselines.
+        baselines: dict[str, Rows] = {}
+        if not in_process:
+            baselines = {split: baseline_rows(store, split, config.evaluate) for split in SPLITS}
+        job = Job.of(config, run, output, group, baselines)
         if continued and not trial:
             print(f"continues run {run.id} (attempt {run.attempt}) in {run.folder}", flush=True)
         try:

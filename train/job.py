@@ -1,10 +1,12 @@
 """What travels to a worker, as plain data with URIs and paths from the root."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from seqray.config import Config
 from seqray.folder import Folder
+from train.baseline_rows import Rows
 from train.runs import Content, Run
 
 
@@ -31,9 +33,13 @@ class Job:
     """Offline W&B runs go to the folder `wandb` in here."""
     group: str
     """W&B group: the experiment, or the search that a trial belongs to."""
+    baselines: dict[str, Rows]
+    """By split; one that is missing the first worker computes, while the others wait."""
 
     @classmethod
-    def of(cls, config: Config, run: Run, output: Folder, group: str) -> Self:
+    def of(
+        cls, config: Config, run: Run, output: Folder, group: str, baselines: Mapping[str, Rows] | None = None
+    ) -> Self:
         """The job of `run`; its bundle goes to `<output>/bundles/<name>/<run id>`."""
         source = config.train.init_from
         return cls(
@@ -49,6 +55,7 @@ class Job:
             init_from=None if source is None else str(Folder.at(source)),
             output=str(output),
             group=group,
+            baselines=dict(baselines or {}),
         )
 
     def plain(self) -> dict[str, Any]:

@@ -37,14 +37,17 @@ class Narrator:
         if until == "test":
             self._say("train.until is test: validation targets are trained on, so val/ metrics say nothing")
 
-    def origin(self, job: Job, checkpoint: str | None, passed_over: Sequence[str], known: int | None) -> None:
-        """From where it goes on; known: items that the bundle of train.init_from knew."""
+    def origin(
+        self, job: Job, checkpoint: str | None, passed_over: Sequence[str], known: int | None, lost: int
+    ) -> None:
+        """From where it goes on; known: items that the bundle of train.init_from knew; lost: steps to be made again."""
         for reason in passed_over:
             self._say(f"checkpoint passed over: {reason}")
+        again = f"; steps lost since then, to be made again: {lost}" if lost else ""
         if checkpoint is not None:
-            self._say(f"goes on from checkpoint {checkpoint} in {job.run_folder}")
-        elif job.attempt > 1:
-            self._say("goes on from the beginning: the run has no checkpoint yet")
+            self._say(f"goes on from checkpoint {checkpoint} in {job.run_folder}{again}")
+        elif job.attempt > 1 or lost:
+            self._say(f"goes on from the beginning: the run has no checkpoint yet{again}")
         if known is not None:
             self._say(f"starts from bundle {job.init_from}, which knows {known:,} of the items")
 
@@ -86,8 +89,12 @@ class Narrator:
         """Something that happened beside the usual."""
         self._say(line)
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """The run's result, for W&B."""
+    def end(self, values: Mapping[str, Any]) -> None:
+        """The run's result, for W&B, and what it cost beside the training itself."""
+        if values["restarts"]:
+            self._say(f"times taken up again: {values['restarts']}; steps made in vain: {values['wasted_steps']}")
+        if values["skipped_steps"]:
+            self._say(f"steps skipped, whose loss or gradients were no numbers: {values['skipped_steps']}")
         if self._tracker is not None:
             self._tracker.summary(values)
 

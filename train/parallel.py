@@ -1,6 +1,6 @@
 """The objective as it lies on the workers: DDP or FSDP2, and the item tables whole or in shards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from seqray.evaluation import Part, Ranker, evaluate_ranker, prediction_scorer, rank_scores
+from seqray.evaluation import Best, Part, Ranker, evaluate_ranker, prediction_scorer, rank_scores
 from seqray.program_config import EvaluateConfig, TrainConfig
 from seqray.samples import Step
 from seqray.sequences import Queries
@@ -46,6 +46,18 @@ class Parallel:
     def train(self) -> None:
         """Turns dropout on."""
         self._objective.train()
+
+    def warm_up(self, step: Step) -> None:
+        """Lets DDP order its buckets, which it does after its first backward pass: a run that goes on would otherwise
+        add up gradients in another order in its first step than the unbroken one in the same step.
+        """
+        if isinstance(self._objective, DistributedDataParallel):
+            before = [(buffer, buffer.clone()) for buffer in self._plain.buffers()]  # such as counts of batches
+            self.train()
+            (self._objective(step, (0, 0, 0)) * 0).backward()
+            self._objective.zero_grad(set_to_none=True)
+            for buffer, kept in before:
+                buffer.copy_(kept)
 
     def loss(self, step: Step, key: tuple[int, int, int]) -> Tensor:
         """The loss summed over this worker's targets; key: (seed, epoch, step)."""
@@ -96,8 +108,10 @@ class Parallel:
             part.mul_(scale.to(part.dtype))
         return length
 
-    def evaluate(self, queries: Queries, config: EvaluateConfig, num_items: int) -> dict[str, float]:
-        """The metrics over all queries, ranked by all workers together."""
+    def evaluate(
+        self, queries: Queries, config: EvaluateConfig, num_items: int, mark: Callable[[], None]
+    ) -> dict[str, float]:
+        """The metrics over all queries, ranked by all workers together; mark: called for each batch of them."""
         self._plain.eval()
         answer, longest, group = self._plain.answer, self._plain.model.max_length, self._group
         together = isinstance(self._objective, FSDPModule)
@@ -107,11 +121,21 @@ class Parallel:
         else:
             ranker = sharded_ranker(answer, longest, group, num_items + 1)
             part = Part(group.copy, group.copies, group.sum_over_copies, together)
-        found = evaluate_ranker(ranker, queries, config, num_items, part)
+        found = evaluate_ranker(marked(ranker, mark), queries, config, num_items, part)
         for module in self._plain.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what was gathered would not see weights that are loaded later
         return found
+
+
+def marked(ranker: Ranker, mark: Callable[[], None]) -> Ranker:
+    """The ranker, which calls `mark` for each batch of queries."""
+
+    def marking(queries: Queries, k: int, exclude_seen: bool) -> Best:
+        mark()
+        return ranker(queries, k, exclude_seen)
+
+    return marking
 
 
 def spread(objective: Objective, place: Place, config: TrainConfig) -> nn.Module:

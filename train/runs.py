@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (
     "data.path", "data.store", "train.num_workers", "train.device", "train.cpus_per_worker", "train.checkpoint_steps",
     "train.keep_checkpoints", "train.max_failures", "tune.max_concurrent", "train.accumulate_steps",
     "train.activation_checkpointing", "train.parallel", "train.vocabulary_parallel", "train.on_nan",
+    "train.max_preemptions", "train.hang_timeout_s", "train.start_timeout_s", "train.resize_interval_s",
 )  # fmt: skip
 """What may differ when an unfinished run or search goes on: nothing of it decides what is learnt.
 

@@ -21,6 +21,7 @@ from train.baseline_rows import Rows, baseline_rows
 from train.checkpoint_writer import CheckpointError, CheckpointWriter
 from train.clock import Clock
 from train.finite import Finite, TrainingError
+from train.guard import Guard
 from train.layout import load_model
 from train.narrator import Narrator
 from train.optimizer import learning_rate
@@ -29,17 +30,22 @@ from train.prefetch import prefetched
 from train.pulse import Pulse
 from train.state import TrainState
 
+PULSES_BETWEEN_CHECKPOINTS = 5
+"""While a node is about to be taken away."""
+
 
 class Trainer:
     """Drives `state` to the end of training. Every random draw follows from (seed, epoch, step, worker)."""
 
     def __init__(
         self, config: Config, store: SequenceStore, state: TrainState, parallel: Parallel,
-        narrator: Narrator, writer: CheckpointWriter | None,
+        narrator: Narrator, writer: CheckpointWriter | None, guard: Guard | None = None,
+        baselines: Mapping[str, Rows] | None = None,
     ) -> None:  # fmt: skip
-        """writer: the first worker's, None on the others."""
+        """writer: the first worker's, None on the others. baselines: by split, those that are known."""
         self._config, self._store, self._state, self._parallel = config, store, state, parallel
         self._part, self._narrator, self._writer = parallel.part, narrator, writer
+        self._guard, self._notices = guard or Guard(), 0
         self._device = parallel.device
         self._samples = training_samples(config, store, state.model)
         self._steps = self._samples.steps(config.train.batch_size)
@@ -53,7 +59,7 @@ class Trainer:
         self._epoch_loss = math.nan
         # With the validation targets among the training events a validation says nothing.
         self._chooses = config.train.until == "validation"
-        self._baselines: dict[Split, Rows] = {}
+        self._baselines = dict(baselines or {})
         if not len(self._samples):
             raise TrainingError(f"{store.folder}: no user has two training events, so there is nothing to learn")
 
@@ -63,6 +69,8 @@ class Trainer:
         if progress.done:
             # Of a former attempt, whose listener may not have noted it.
             report({**progress.history[-1], "training_over": 1.0})
+        else:
+            self._parallel.warm_up(self._parts(0, self._samples.order(0), 0)[-1])
         while not progress.done:
             self._train_epoch()
             last = progress.epoch == self._config.train.epochs
@@ -95,14 +103,18 @@ class Trainer:
         make = partial(self._parts, progress.epoch, self._samples.order(progress.epoch))
         self._narrator.epoch(progress, self._steps, self._config.train.epochs)
         self._clock.begin("data")
+        self._guard.mark(f"data of step {progress.global_step + 1}")
         started = time.perf_counter()
         for parts in prefetched(make, range(progress.step, self._steps), ahead=self._device.type != "cpu"):
             self._clock.begin("compute")
+            self._guard.mark(f"step {progress.global_step + 1}")
             self._optimize(parts)
             progress.step += 1
             progress.global_step += 1
+            self._guard.made(progress.global_step)
             progress.seconds += time.perf_counter() - started
-            if self._pulse.due() or self._device.type == "cpu":
+            pulse = self._pulse.due()
+            if pulse or self._device.type == "cpu":
                 self._look_for_skipped()
             speed = self._clock.step(parts[0].global_tokens, sum(len(part.batch.items_T) for part in parts))
             if speed is not None:
@@ -110,9 +122,10 @@ class Trainer:
             self._clock.begin("checkpoint")
             if self._writer is not None:
                 self._writer.poll()
-            if progress.global_step % self._config.train.checkpoint_steps == 0:
+            if self._is_checkpoint_due(pulse):
                 self._save_checkpoint()
             self._clock.begin("data")
+            self._guard.mark(f"data of step {progress.global_step + 1}")
             started = time.perf_counter()
         self._clock.pause()
         self._look_for_skipped()
@@ -157,6 +170,16 @@ class Trainer:
         self._loss_sum += torch.where(made, loss, 0.0)
         self._targets += made * parts[0].global_targets
 
+    def _is_checkpoint_due(self, pulse: bool) -> bool:
+        """By the count of steps, and again and again while a node is about to be taken away."""
+        step = self._state.progress.global_step
+        noticed = pulse and self._guard.preempted()
+        self._notices = self._notices + 1 if noticed else self._notices * (not pulse)
+        if noticed and self._notices % PULSES_BETWEEN_CHECKPOINTS == 1:
+            self._narrator.tell(f"a node is about to be taken away: checkpoint at step {step}")
+            return True
+        return step % self._config.train.checkpoint_steps == 0
+
     def _look_for_skipped(self) -> None:
         """TrainingError, on all workers, when a step since the last look was no number and train.on_nan is stop."""
         self._state.progress.skipped_steps += self._finite.look(self._steps)
@@ -182,8 +205,9 @@ class Trainer:
         return row
 
     def _evaluate(self, split: Split) -> dict[str, float]:
+        mark = partial(self._guard.mark, f"evaluation after step {self._state.progress.global_step}")
         queries = self._store.queries(split)
-        return with_split(self._parallel.evaluate(queries, self._config.evaluate, self._store.num_items), split)
+        return with_split(self._parallel.evaluate(queries, self._config.evaluate, self._store.num_items, mark), split)
 
     def _baseline_rows(self, split: Split) -> Rows:
         """From the first worker alone: nobody else prints or stores them. Looked up once a run."""
@@ -198,6 +222,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         """Written by the first worker; the others add their parts of the epoch's loss and of the state."""
         self._look_for_skipped()
+        self._guard.mark(f"checkpoint of step {self._state.progress.global_step}")
         loss = self._global_loss()
         self._state.progress.loss_sum, self._state.progress.targets = float(loss), int(self._targets)
         snapshot = self._state.snapshot()

@@ -27,6 +27,7 @@ from train.checkpoint_writer import CheckpointWriter
 from train.checkpoints import Checkpoints
 from train.finite import TrainingError
 from train.gauges import Gauges
+from train.guard import Guard, ignore
 from train.job import Job
 from train.layout import held_here
 from train.narrator import Narrator
@@ -38,9 +39,11 @@ from train.run_log import Say, sender
 from train.runs import StaleAttempt, check_attempt
 from train.sharded_softmax import sharded_loss
 from train.state import TrainState
+from train.steps_record import StepsRecord
 from train.trainer import Trainer
 from train.vocabulary_group import VocabularyGroup
 from train.warm_start import start_from
+from train.watchdog import StoreBoard, Watchdog
 
 Report = Callable[[Mapping[str, float]], None]
 
@@ -58,7 +61,10 @@ def ray_worker(given: dict[str, Any]) -> str | None:
     try:
         job = Job(**given["job"])
         gauges = Gauges(job.config["name"], job.run_id, place.rank)
-        work(job, place, lambda metrics: ray.train.report(dict(metrics)), sender(given["mailbox"]), gauges)
+        work(
+            job, place, lambda metrics: ray.train.report(dict(metrics)), sender(given["mailbox"]), gauges,
+            preempted=lambda: ray.train.get_preemption_info() is not None, watched=True,
+        )  # fmt: skip
     except StaleAttempt:
         raise  # of the first worker alone: the others must not wait for it
     except SeqrayError as error:
@@ -66,11 +72,15 @@ def ray_worker(given: dict[str, Any]) -> str | None:
     return None
 
 
-def work(job: Job, place: Place, report: Report, say: Say, gauges: Gauges | None = None) -> None:
+def work(
+    job: Job, place: Place, report: Report, say: Say, gauges: Gauges | None = None, *,
+    preempted: Callable[[], bool] = lambda: False, watched: bool = False,
+) -> None:  # fmt: skip
     """Trains, evaluates on test and writes the bundle; goes on from the newest checkpoint of the run.
 
     `report` gets the metrics of every validation, on all workers alike; `say` takes the lines of the run's log;
-    `gauges` show the speed of each worker.
+    `gauges` show the speed of each worker. preempted: whether a node is about to be taken away; all workers ask it in
+    the same step. watched: the process ends when it makes no headway for train.hang_timeout_s.
     """
     config = Config.parse(job.config)
     settle(place, config.train.cpus_per_worker)
@@ -90,27 +100,33 @@ def work(job: Job, place: Place, report: Report, say: Say, gauges: Gauges | None
     checkpoint, passed_over = go_on(state, checkpoints)
     known = start_from(model, config, job.init_from, store) if checkpoint is None and job.init_from else None
     narrator = _narrator(job, config, place, say, gauges)
-    writer = None
+    writer, record = None, None
     if place.rank == 0:
         still_ours = partial(check_attempt, job.run_folder, job.attempt, job.owner)
         writer = CheckpointWriter(checkpoints, still_ours, narrator.tell)
+        record = StepsRecord(Folder.at(job.run_folder), state.progress.global_step)
+    watchdog = _watchdog(place, config.train.hang_timeout_s, say) if watched else None
     try:
         narrator.start(job, parameters, held_here(model), store, place.device.type, place.world)
-        narrator.origin(job, checkpoint, passed_over, known)
-        trainer = Trainer(config, store, state, parallel, narrator, writer)
+        narrator.origin(job, checkpoint, passed_over, known, record.lost if record else 0)
+        guard = Guard(watchdog.mark if watchdog else ignore, record.made if record else ignore, preempted)
+        trainer = Trainer(config, store, state, parallel, narrator, writer, guard, job.baselines)
         trainer.train(report)
         metrics = trainer.final_metrics()
-        if place.rank == 0:
+        if watchdog is not None:
+            watchdog.close()
+        if record is not None:
             check_attempt(job.run_folder, job.attempt, job.owner)
+            metrics |= {"wasted_steps": record.steps.wasted, "restarts": record.steps.restarts}
             save_bundle(job, config, store, state, metrics)
-            narrator.summary({**metrics, "bundle": job.bundle})
+            narrator.end({**metrics, "bundle": job.bundle})
     except BaseException:
-        if writer is not None:
-            writer.close()
         narrator.finish(exit_code=1)
         raise
-    if writer is not None:
-        writer.close()
+    finally:
+        for helper in (watchdog, writer, record):
+            if helper is not None:
+                helper.close()
     narrator.finish(exit_code=0)
 
 
@@ -181,6 +197,10 @@ def save_bundle(job: Job, config: Config, store: SequenceStore, state: TrainStat
         if not target.is_local:
             target.clear()  # what a killed attempt left half done
             publish(folder, job.bundle)
+
+
+def _watchdog(place: Place, limit_s: float, say: Say) -> Watchdog:
+    return Watchdog(place.rank, limit_s, StoreBoard(place.world) if place.world > 1 else None, say)
 
 
 def _narrator(job: Job, config: Config, place: Place, say: Say, gauges: Gauges | None) -> Narrator:

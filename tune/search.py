@@ -35,6 +35,8 @@ def search(config: Config, *, fresh: bool = False, accept_changes: bool = False)
     """
     if not config.tune.space:
         raise ConfigError("tune.space: nothing to search; give it paths such as train.learning_rate")
+    if config.train.min_workers != config.train.max_workers:
+        raise ConfigError("train.num_workers: the trials of a search share the cluster out, so it is one number there")
     output = Folder.at(config.output)
     store = ensure_store(config)
     check_targets(store)
@@ -63,8 +65,8 @@ def search(config: Config, *, fresh: bool = False, accept_changes: bool = False)
 
 
 def _run_trials(config: Config, run: Run, bundles: Folder, accept_changes: bool) -> None:
-    nested = config.train.num_workers > 1
-    workers = config.train.num_workers * config.train.cpus_per_worker
+    nested = config.train.max_workers > 1
+    workers = config.train.max_workers * config.train.cpus_per_worker
     connect(config, workers + 1 if nested else config.train.cpus_per_worker, state_api=nested)
     import ray
     import ray.tune
@@ -110,7 +112,7 @@ def _places(config: Config, nested: bool, use_gpu: bool) -> int:
     import ray
 
     resources = ray.cluster_resources()
-    workers = config.train.num_workers if nested else 1
+    workers = config.train.max_workers if nested else 1
     if use_gpu:
         return max(1, int(resources.get("GPU", 0)) // workers)
     return max(1, int(resources.get("CPU", 1)) // (workers * config.train.cpus_per_worker))

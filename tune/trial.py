@@ -20,7 +20,7 @@ def run_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
     config = Config.parse(job["config"]).override(sample, "sample")
     search = Folder.at(job["search"])
     trial_id = f"{search.name}-{ray.tune.get_context().get_trial_id()}"
-    if config.train.num_workers > 1:
+    if config.train.max_workers > 1:
         trial = Trial(trial_id, search, ray_callbacks=(TuneReportCallback(),))
     else:
         config = config.override({"train.num_workers": 0})
