@@ -1,6 +1,7 @@
-// float32 to bf16, in the orders that products want: rows side by side, or interleaved in pairs (VNNI).
+// bf16 and float32, and both in the orders that products want: rows side by side, or interleaved in pairs (VNNI).
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 
 #include "simd.h"
@@ -20,10 +21,23 @@ inline __m512 as_bf16(__m512 value) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+// 16 numbers of either type, as far as the mask goes.
+inline __m512 load(const float* from, __mmask16 some) { return _mm512_maskz_loadu_ps(some, from); }
+inline __m512 load(const bf16* from, __mmask16 some) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from)), 16));
+}
+inline void store(float* into, __mmask16 some, __m512 value) { _mm512_mask_storeu_ps(into, some, value); }
+inline void store(bf16* into, __mmask16 some, __m512 value) {
+  _mm256_mask_storeu_epi16(into, some, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+}
+
 // Up to 32 numbers from `from` on, then zeros.
 inline __m512i narrow_load(const float* from, int64_t count) {
-  return narrow(
-      _mm512_maskz_loadu_ps(first_lanes(count), from), _mm512_maskz_loadu_ps(first_lanes(count - LANES), from + LANES));
+  return narrow(load(from, first_lanes(count)), load(from + LANES, first_lanes(count - LANES)));
+}
+inline __m512i narrow_load(const bf16* from, int64_t count) {
+  const uint32_t some = first_lanes(count) | static_cast<uint32_t>(first_lanes(count - LANES)) << LANES;
+  return _mm512_maskz_loadu_epi16(some, from);
 }
 
 // 32 numbers of one row and 32 of the next, interleaved.
@@ -46,11 +60,12 @@ inline void narrow_rows(
 }
 
 // (rows, columns) -> (height / 2, width, 2), zeros around: rows in interleaved pairs; width is a multiple of 32.
-inline void pair_rows(
-    const float* from, int64_t ld_from, int64_t rows, int64_t columns, bf16* into, int64_t height, int64_t width) {
+template <typename From>
+void pair_rows(
+    const From* from, int64_t ld_from, int64_t rows, int64_t columns, bf16* into, int64_t height, int64_t width) {
   for (int64_t r = 0; r < height; r += 2) {
     for (int64_t c = 0; c < width; c += 32) {
-      const float* here = from + r * ld_from + c;
+      const From* here = from + r * ld_from + c;
       const __m512i row = narrow_load(here, r < rows ? columns - c : 0);
       const __m512i next = narrow_load(here + ld_from, r + 1 < rows ? columns - c : 0);
       store_pairs(row, next, into + r * width + 2 * c);
@@ -58,43 +73,72 @@ inline void pair_rows(
   }
 }
 
+// read(0) to read(real - 1), then zeros; all 16 are the usual case and stay in registers.
+template <typename Read>
+inline __attribute__((always_inline)) void rows_16(int64_t real, const Read& read, __m512 (&rows)[16]) {
+  if (real == LANES) {
+    for (int64_t i = 0; i < LANES; i++) rows[i] = read(i);
+  } else {
+    for (int64_t i = 0; i < LANES; i++) rows[i] = i < real ? read(i) : _mm512_setzero_ps();
+  }
+}
+
 // (rows, columns) -> (height / 2, width, 2) of its transpose, zeros around: columns in interleaved pairs; height is a
 // multiple of 32, width of 16.
-inline void pair_columns(
-    const float* from, int64_t ld_from, int64_t rows, int64_t columns, bf16* into, int64_t width, int64_t height) {
+template <typename From>
+void pair_columns(
+    const From* from, int64_t ld_from, int64_t rows, int64_t columns, bf16* into, int64_t width, int64_t height) {
   for (int64_t r = 0; r < width; r += LANES) {
+    const int64_t real = std::clamp<int64_t>(rows - r, 0, LANES);
     for (int64_t c = 0; c < height; c += 32) {
       __m512 pairs[16];
-      for (int64_t i = 0; i < LANES; i++) {
-        const int64_t count = r + i < rows ? columns - c : 0;
-        pairs[i] = _mm512_castsi512_ps(narrow_load(from + (r + i) * ld_from + c, count));
-      }
+      rows_16(real, [&](int64_t i) {
+        return _mm512_castsi512_ps(narrow_load(from + (r + i) * ld_from + c, columns - c));
+      }, pairs);
       transpose_16(pairs);
       for (int64_t i = 0; i < LANES; i++) _mm512_storeu_ps(into + (c + 2 * i) * width + 2 * r, pairs[i]);
     }
   }
 }
 
-// (rows, columns) -> its transpose (columns, ld_into), zeros from `rows` to `width`, a multiple of 16. With `factor` each
-// row is multiplied by its own.
-inline void turn(
-    const float* from, int64_t ld_from, int64_t rows, int64_t columns, bf16* into, int64_t ld_into, int64_t width,
+// (rows, columns) -> its transpose (columns, ld_into), zeros from `rows` to `width`. With `factor` each row is multiplied
+// by its own.
+template <typename From, typename Into>
+void turn(
+    const From* from, int64_t ld_from, int64_t rows, int64_t columns, Into* into, int64_t ld_into, int64_t width,
     const float* factor = nullptr) {
   for (int64_t r = 0; r < width; r += LANES) {
+    const int64_t real = std::clamp<int64_t>(rows - r, 0, LANES);
+    const __mmask16 room = first_lanes(width - r);
     for (int64_t c = 0; c < columns; c += LANES) {
+      const __mmask16 some = first_lanes(columns - c);
       __m512 tile[16];
-      for (int64_t i = 0; i < LANES; i++) {
-        const __mmask16 some = r + i < rows ? first_lanes(columns - c) : 0;
-        tile[i] = _mm512_maskz_loadu_ps(some, from + (r + i) * ld_from + c);
-        if (some && factor) tile[i] = _mm512_mul_ps(tile[i], _mm512_set1_ps(factor[r + i]));
-      }
+      rows_16(real, [&](int64_t i) { return load(from + (r + i) * ld_from + c, some); }, tile);
+      for (int64_t i = 0; factor && i < real; i++) tile[i] = _mm512_mul_ps(tile[i], _mm512_set1_ps(factor[r + i]));
       transpose_16(tile);
-      for (int64_t i = 0; i < std::min(LANES, columns - c); i++) {
-        const __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(tile[i]));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(into + (c + i) * ld_into + r), half);
+      if (some == 0xffff) {
+        for (int64_t i = 0; i < LANES; i++) store(into + (c + i) * ld_into + r, room, tile[i]);
+      } else {
+        for (int64_t i = 0; i < columns - c; i++) store(into + (c + i) * ld_into + r, room, tile[i]);
       }
     }
   }
+}
+
+// Calls work(i, mask) for every 16 of count columns.
+template <typename Work>
+void columns(int64_t count, const Work& work) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) work(i, 0xffff);
+  if (i < count) work(i, first_lanes(count - i));
+}
+
+// Calls work with a pointer of the tensor's own type.
+template <typename Work>
+void typed(const at::Tensor& tensor, const Work& work) {
+  TORCH_CHECK(tensor.is_contiguous());
+  if (tensor.scalar_type() == at::kBFloat16) work(static_cast<bf16*>(tensor.data_ptr()));
+  else work(tensor.data_ptr<float>());
 }
 
 }  // namespace seqray

@@ -199,7 +199,7 @@ void finish(const Inputs& in, float* slopes) {
     static thread_local Scratch<float> memory;
     float *tile = slopes + t * ITEMS * in.D, *copy = memory.of(ITEMS * in.D);
     std::copy_n(tile, ITEMS * in.D, copy);
-    transpose(copy, ITEMS, in.D, ITEMS, 1, tile, in.D, in.D);
+    turn(copy, ITEMS, in.D, ITEMS, tile, in.D, in.D);
   });
   at::parallel_for(0, in.V, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t s = 0; s < in.S; s++) {

@@ -21,41 +21,27 @@ constexpr int64_t ROWS = 64, PART = 12 * ROWS;
 
 enum class Prepare : int64_t { nothing, norm, gelu };
 
-// 16 numbers of either type, as far as the mask goes.
-__m512 load(const float* from, __mmask16 some) { return _mm512_maskz_loadu_ps(some, from); }
-__m512 load(const bf16* from, __mmask16 some) {
-  const __m256i half = _mm256_maskz_loadu_epi16(some, from);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-void store(float* into, __mmask16 some, __m512 value) { _mm512_mask_storeu_ps(into, some, value); }
-void store(bf16* into, __mmask16 some, __m512 value) {
-  _mm256_mask_storeu_epi16(into, some, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
-}
-
-// Calls work(i, mask) for every 16 of count columns.
-template <typename Work>
-void columns(int64_t count, const Work& work) {
-  for (int64_t i = 0; i < count; i += LANES) work(i, first_lanes(count - i));
-}
-
 // Scale, shift and epsilon of a layer norm.
 struct Norm {
   const float *scale, *shift;
   float epsilon;
 };
 
-// A row of a layer norm: (x - mean) * rate.
+// A row of a layer norm: (x - mean) * rate. Sums are taken from the row's first number on, so that one pass is exact.
 struct Moments {
+  Moments() = default;
   template <typename X>
   Moments(const X* x, int64_t count, float epsilon) {
-    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    columns(count, [&](int64_t i, __mmask16 some) { sum = _mm512_add_ps(sum, load(x + i, some)); });
-    mean = _mm512_reduce_add_ps(sum) / count;
+    const __m512 origin = _mm512_set1_ps(static_cast<float>(x[0]));
+    __m512 sums = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     columns(count, [&](int64_t i, __mmask16 some) {
-      const __m512 off = _mm512_maskz_sub_ps(some, load(x + i, some), _mm512_set1_ps(mean));
+      const __m512 off = _mm512_maskz_sub_ps(some, load(x + i, some), origin);
+      sums = _mm512_add_ps(sums, off);
       squares = _mm512_fmadd_ps(off, off, squares);
     });
-    rate = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / count + epsilon);
+    const float share = 1.0f / count, off = _mm512_reduce_add_ps(sums) * share;
+    mean = static_cast<float>(x[0]) + off;
+    rate = 1 / std::sqrt(std::max(_mm512_reduce_add_ps(squares) * share - off * off, 0.0f) + epsilon);
   }
 
   __m512 of(__m512 x) const { return _mm512_mul_ps(_mm512_sub_ps(x, _mm512_set1_ps(mean)), _mm512_set1_ps(rate)); }
@@ -75,13 +61,13 @@ struct Layer {
   int64_t outer() const { return rounded(O, 32); }
 };
 
-// A prepared row, and for GELU its slope.
+// A prepared row; of a norm its moments, and of GELU its slope where one is wanted.
 template <typename X>
-void prepare_row(const Layer& of, const X* x, float* into, float* slope) {
+void prepare_row(const Layer& of, const X* x, float* into, Moments& moments, float* slope) {
   if (of.prepare == Prepare::nothing) {
     columns(of.I, [&](int64_t i, __mmask16 some) { store(into + i, some, load(x + i, some)); });
   } else if (of.prepare == Prepare::norm) {
-    const Moments moments(x, of.I, of.norm.epsilon);
+    moments = Moments(x, of.I, of.norm.epsilon);
     columns(of.I, [&](int64_t i, __mmask16 some) {
       const __m512 scale = load(of.norm.scale + i, some), shift = load(of.norm.shift + i, some);
       store(into + i, some, _mm512_fmadd_ps(moments.of(load(x + i, some)), scale, shift));
@@ -111,7 +97,8 @@ void forward_block(
   static thread_local Scratch<bf16> narrow_memory;
   float *prepared = prepared_memory.of(ROWS * of.I), *made = product_memory.of(ROWS * of.outer());
   bf16* narrow = narrow_memory.of(ROWS * of.inner());
-  for (int64_t r = 0; r < count; r++) prepare_row(of, x + (first + r) * of.I, prepared + r * of.I, nullptr);
+  Moments moments;
+  for (int64_t r = 0; r < count; r++) prepare_row(of, x + (first + r) * of.I, prepared + r * of.I, moments, nullptr);
   narrow_rows(prepared, of.I, count, of.I, narrow, ROWS, of.inner());
   product(ROWS, of.outer(), of.inner(), narrow, of.inner(), weight, of.outer(), made, of.outer(), false);
   for (int64_t r = 0; r < count; r++) {
@@ -137,8 +124,7 @@ struct Slopes {
 
 // `slope`, over an output row of a layer norm, becomes the slope over its input.
 template <typename X>
-void norm_backward(const Layer& of, const X* x, float* slope, const Slopes& slopes) {
-  const Moments moments(x, of.I, of.norm.epsilon);
+void norm_backward(const Layer& of, const X* x, const Moments& moments, float* slope, const Slopes& slopes) {
   __m512 sum = _mm512_setzero_ps(), along = _mm512_setzero_ps();
   columns(of.I, [&](int64_t i, __mmask16 some) {
     const __m512 normed = moments.of(load(x + i, some)), of_normed = load(slope + i, some);
@@ -168,8 +154,9 @@ void backward_block(
   float *slope = slope_memory.of(ROWS * O), *made = product_memory.of(ROWS * inner);
   bf16 *narrow = narrow_memory.of(ROWS * outer), *pairs = pair_memory.of(ROWS * std::max(inner, outer));
   bf16* turned = column_memory.of(ROWS * std::min(I, O));
+  Moments moments[ROWS];
   for (int64_t r = 0; r < count; r++) {
-    prepare_row(of, x + (first + r) * I, prepared + r * I, gelu + r * I);
+    prepare_row(of, x + (first + r) * I, prepared + r * I, moments[r], gelu + r * I);
     const __m512i place = of.dropout.place(first + r, 0);
     columns(O, [&](int64_t i, __mmask16 some) {
       __m512 value = load(slope_y + (first + r) * O + i, some);
@@ -187,7 +174,7 @@ void backward_block(
   product(ROWS, inner, outer, narrow, outer, weight, inner, made, inner, false);
   for (int64_t r = 0; r < count; r++) {
     float* row = made + r * inner;
-    if (of.prepare == Prepare::norm) norm_backward(of, x + (first + r) * I, row, slopes);
+    if (of.prepare == Prepare::norm) norm_backward(of, x + (first + r) * I, moments[r], row, slopes);
     columns(I, [&](int64_t i, __mmask16 some) {
       __m512 value = load(row + i, some);
       if (of.prepare == Prepare::gelu) value = _mm512_mul_ps(value, load(gelu + r * I + i, some));
@@ -246,14 +233,6 @@ Layer layer(
   return {
       x.size(0), x.size(1), weight.size(0), static_cast<Prepare>(prepare),
       {floats(scale), floats(shift), static_cast<float>(epsilon)}, floats(weight), floats(bias), Dropout(rate, seed)};
-}
-
-// Calls work with a pointer of the tensor's own type.
-template <typename Work>
-void typed(const at::Tensor& tensor, const Work& work) {
-  TORCH_CHECK(tensor.is_contiguous());
-  if (tensor.scalar_type() == at::kBFloat16) work(static_cast<bf16*>(tensor.data_ptr()));
-  else work(tensor.data_ptr<float>());
 }
 
 // (T, O): in the residual's float32 where there is one, else in bf16.
