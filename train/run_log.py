@@ -21,13 +21,14 @@ class RunLog:
     """`train.log` of a run, continued by later attempts; `echo` prints the lines too.
 
     A local file grows by each line. Behind a URI nothing can be appended to: there the whole log is written anew by a
-    thread, every few seconds while lines come, and once more by `close`; storage that is away for a while stops nobody.
+    thread, every few seconds while lines come, and once more by `close`. A full disk, or storage that is away for a
+    while, stops nobody: what could not be written is written with a later line.
     """
 
     def __init__(self, folder: Folder, *, echo: bool) -> None:
         self._folder, self._echo = folder, echo
         self._closed = threading.Event()
-        self._text, self._stored = "", ""
+        self._text, self._stored, self._unwritten = "", "", b""
         self._thread: threading.Thread | None = None
         if not folder.is_local:
             self._text = self._stored = folder.read_text(LOG_FILE) or ""
@@ -37,12 +38,17 @@ class RunLog:
     def say(self, line: str) -> None:
         """Adds a line."""
         if self._thread is None:
-            with (self._folder.path / LOG_FILE).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            self._append((line + "\n").encode())
         else:
             self._text += line + "\n"
         if self._echo:
             print(line, flush=True)
+
+    def _append(self, line: bytes) -> None:
+        self._unwritten += line
+        with contextlib.suppress(OSError), (self._folder.path / LOG_FILE).open("ab", buffering=0) as file:
+            while self._unwritten:
+                self._unwritten = self._unwritten[file.write(self._unwritten) :]
 
     def close(self) -> None:
         """The log is stored as a whole, if storage can be reached."""
