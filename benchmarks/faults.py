@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 
@@ -219,7 +220,7 @@ def main() -> None:
         same = all(torch.equal(row["weights"][key], value) for key, value in rows["none"]["weights"].items())
         row["same"] = "the unbroken run's" if same else "other"
         cells = (FAULTS[name][0], row["told"], row["lost"], row["seconds"], f"{row['metric']:.4f}", row["same"])
-        table.add_row(name, *map(str, cells))
+        table.add_row(name, *(escape(str(cell)) for cell in cells))
     Console(width=170).print(table)
     if arguments.json:
         kept = {name: {key: value for key, value in row.items() if key != "weights"} for name, row in rows.items()}
@@ -227,6 +228,7 @@ def main() -> None:
 
 
 def _run(name: str, overrides: list[str]) -> dict[str, Any]:
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         trial = Trial(Path(folder), [*overrides, *OVERRIDES.get(name, [])], ENVIRONMENT.get(name, {}))
         _write_config(trial.folder)
@@ -235,6 +237,7 @@ def _run(name: str, overrides: list[str]) -> dict[str, Any]:
         bundle = trial.folder / "kept" / Path(result["bundle"]).relative_to(trial.folder / "out" / "bundles")
         bundle = bundle if bundle.exists() else Path(result["bundle"])
         after = [at for at, line in trial.lines if at > trial.struck and line.startswith("goes on from")]
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         return {
             "told": "\n".join(dict.fromkeys(_shown(line) for _, line in trial.lines if TOLD.search(line))),
             "lost": result["metrics"]["wasted_steps"],

@@ -20,6 +20,8 @@ SIGNS = {
     "its node has died": "its node died",
     "worker process has died": "its process died: killed, out of memory or crashed",
     "health check has been hanging": "it does not answer Ray Train",
+    "Connection closed by peer": "it lost another worker",
+    "Connection reset by peer": "it lost another worker",
 }
 """Part of what Ray says of a dead worker in many lines -> what we say."""
 AGAIN = "The same command goes on from the last checkpoint"
