@@ -212,9 +212,23 @@ TOLD = re.compile(
 
 def main() -> None:
     arguments = _arguments()
-    rows = {
-        name: _run(name, arguments.overrides) for name in FAULTS if name in (arguments.only or FAULTS) or name == "none"
+    # The workers look for the model here, and the clusters are this process's own.
+    os.environ |= {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
     }
+    rows: dict[str, dict[str, Any]] = {}
+    for name in FAULTS:
+        if name == "none" or name in (arguments.only or FAULTS):
+            started = time.monotonic()
+            rows[name] = _run(name, arguments.overrides)
+            print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+            _print(rows, arguments.json)
+
+
+def _print(rows: dict[str, dict[str, Any]], file: Path | None) -> None:
+    """The table so far; also as JSON."""
     table = Table("fault", "injected", "printed", "steps lost", "seconds to go on", METRIC, "weights", show_lines=True)
     for name, row in rows.items():
         same = all(torch.equal(row["weights"][key], value) for key, value in rows["none"]["weights"].items())
@@ -222,13 +236,12 @@ def main() -> None:
         cells = (FAULTS[name][0], row["told"], row["lost"], row["seconds"], f"{row['metric']:.4f}", row["same"])
         table.add_row(name, *(escape(str(cell)) for cell in cells))
     Console(width=170).print(table)
-    if arguments.json:
+    if file:
         kept = {name: {key: value for key, value in row.items() if key != "weights"} for name, row in rows.items()}
-        arguments.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        file.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
 def _run(name: str, overrides: list[str]) -> dict[str, Any]:
-    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         trial = Trial(Path(folder), [*overrides, *OVERRIDES.get(name, [])], ENVIRONMENT.get(name, {}))
         _write_config(trial.folder)
@@ -237,7 +250,6 @@ def _run(name: str, overrides: list[str]) -> dict[str, Any]:
         bundle = trial.folder / "kept" / Path(result["bundle"]).relative_to(trial.folder / "out" / "bundles")
         bundle = bundle if bundle.exists() else Path(result["bundle"])
         after = [at for at, line in trial.lines if at > trial.struck and line.startswith("goes on from")]
-        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         return {
             "told": "\n".join(dict.fromkeys(_shown(line) for _, line in trial.lines if TOLD.search(line))),
             "lost": result["metrics"]["wasted_steps"],

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from shop_log import shop_config
+from struck import job_of, run_workers
 
 from seqray.bundle import Bundle
 from seqray.catalogue import Catalogue
@@ -200,14 +201,18 @@ def test_learning_rate_schedules() -> None:
     assert learning_rate(10, 10, 1.0, 4, "cosine") == pytest.approx(0.0)
 
 
-def test_a_killed_command_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    config = shop_config(tmp_path, train={"epochs": 150, "patience": 150, "checkpoint_steps": 20})
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_command_goes_on_from_its_last_checkpoint(tmp_path: Path, workers: int) -> None:
+    config = shop_config(
+        tmp_path, train={"epochs": 150, "patience": 150, "checkpoint_steps": 20, "num_workers": workers}
+    )
     path = tmp_path / "config.yaml"
     path.write_text(config.yaml())
     command = [sys.executable, "-m", "train", str(path), "--json", str(tmp_path / "result.json")]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     root = tmp_path / "out" / "runs" / "shop"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not list(root.glob("*/checkpoints/step_*")):
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
         time.sleep(0.05)
@@ -219,7 +224,22 @@ def test_a_killed_command_goes_on_from_its_last_checkpoint(tmp_path: Path) -> No
     result = json.loads((tmp_path / "result.json").read_text())
     resumed = Bundle.load(Path(result["bundle"]))
     assert f"serve.bundle={resumed.folder}" in second.stdout
-    assert_same(fit(config.override({"name": "unbroken"})), resumed)
+    unbroken = job_of(config.override({"name": "unbroken"}), tmp_path)
+    assert run_workers(unbroken.plain(), max(1, workers), tmp_path) == [None] * max(1, workers)
+    assert_same(Bundle.load(unbroken.bundle), resumed)
+
+
+@pytest.mark.slow
+def test_wandb_that_is_away_for_the_whole_run_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    config = shop_config(tmp_path)
+    away = fit(config.override({"name": "away", "tracking.mode": "online"}))
+    assert "W&B did not start; this run is recorded offline, later: wandb sync" in capfd.readouterr().err
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*"))
+    assert_same(fit(config), away)
 
 
 def test_evaluate_prints_the_row_of_the_run_and_the_same_baselines(tmp_path: Path) -> None:
