@@ -128,6 +128,39 @@ def test_a_bundle_on_s3_is_evaluated_and_started_from(bucket: Bucket, tmp_path: 
     assert child.manifest["parent"] == parent.version
 
 
+def test_a_bundle_on_s3_is_served(bucket: Bucket, tmp_path: Path) -> None:
+    from serve.replica import Replica
+
+    bundle = fit(remote(bucket, tmp_path, "served", train={"epochs": 1}))
+    replica = Replica(bundle.location, (), "served", "cpu", 1, 4, Cache(tmp_path / "another node"))
+    assert replica.service.ready
+    assert replica.service.version == bundle.version
+
+
+@pytest.mark.slow
+def test_a_search_on_s3(bucket: Bucket, tmp_path: Path) -> None:
+    config = remote(bucket, tmp_path, "search", train={"epochs": 2, "num_workers": 1})
+    path = tmp_path / "search.yaml"
+    path.write_text(config.yaml())
+    space = "tune.space={train.learning_rate: {loguniform: [0.001, 0.1]}}"
+    command = [
+        sys.executable,
+        "-m",
+        "tune",
+        str(path),
+        space,
+        "tune.num_trials=2",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    winner = json.loads((tmp_path / "out.json").read_text())["bundle"]
+    assert winner.startswith(f"s3://{bucket.name}/out/bundles/search/")
+    [search] = {key.split("/")[3] for key in bucket.keys("out/searches/search")}
+    assert f"out/searches/search/{search}/search.png" in bucket.keys("out/searches/search")
+
+
 def test_credentials_in_a_uri_are_refused_and_not_repeated(tmp_path: Path) -> None:
     uri = "s3://AKIA:hunter2@bucket/log.parquet"
     for change in ({"data.path": uri}, {"output": uri}, {"serve.bundle": uri}, {"evaluate.bundle": uri}):
