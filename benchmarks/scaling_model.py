@@ -85,14 +85,16 @@ class Layout:
     """train.vocabulary_parallel."""
 
 
-def link(machine: Machine, work: Work, gpus: int) -> float:
-    """Bytes a second of a ring over `gpus`; between nodes the GPUs of a node share its network."""
-    return work.network * (machine.inside if gpus <= machine.gpus else machine.between)
+def ring(machine: Machine, work: Work, gpus: int, size: float, *, spread: int = 0, rings: int = 1) -> float:
+    """Seconds of an all-reduce of `size` bytes over `gpus`; a gather or a scatter takes half.
 
-
-def ring(machine: Machine, work: Work, gpus: int, size: float) -> float:
-    """Seconds of an all-reduce of `size` bytes; a gather or a scatter takes half."""
-    return 0.0 if gpus == 1 else work.latency + 2 * (gpus - 1) / gpus * size / link(machine, work, gpus)
+    spread: GPUs among which they stand, where not side by side. rings: how many such sums a node's network carries at
+    the same time, each of its own bytes.
+    """
+    if gpus == 1:
+        return 0.0
+    rate = machine.inside if max(gpus, spread) <= machine.gpus else machine.between / rings
+    return work.latency + 2 * (gpus - 1) / gpus * size / (work.network * rate)
 
 
 def step_seconds(machine: Machine, work: Work, items: int, gpus: int, layout: Layout) -> dict[str, float]:
@@ -106,7 +108,8 @@ def step_seconds(machine: Machine, work: Work, items: int, gpus: int, layout: La
     own = table / gpus if layout.sharded else table
     adam = (own + work.backbone / (gpus if layout.sharded else 1)) * ADAM_TRAFFIC / machine.hbm
     copies = gpus // layout.group
-    table_sum = ring(machine, work, copies, table * GRADIENT)
+    rings = min(layout.group, machine.gpus)
+    table_sum = ring(machine, work, copies, table * GRADIENT, spread=gpus, rings=rings)
     exchanged = layout.group * T * D * (2 + 4 + 4 + 4) / 2  # hidden states, their slopes, and both of the lookup
     vocabulary = ring(machine, work, layout.group, exchanged)
     if layout.group > 1 and not layout.sampled:  # two small sums for each chunk of the scores

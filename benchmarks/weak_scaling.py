@@ -61,7 +61,8 @@ def config_of(folder: Path, workers: int, overrides: list[str]) -> Path:
 def run(config: Path) -> tuple[list[float], int]:
     """([tokens/s, data, compute, communication, checkpoint], parameters) of one training."""
     command = [sys.executable, "-m", "train", str(config), "--fresh"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "RAY_worker_niceness": "0"}  # Ray's workers give way to all else the machine does
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     found = [[float(part.replace(",", "")) for part in hit] for hit in LINE.findall(done.stdout)]
     parameters = re.search(r"([\d,]+) parameters", done.stdout)
     if len(found) < 2 or parameters is None:
