@@ -30,23 +30,26 @@ NEVER = 10**9
 class AskedSteps(Narrator):
     """Trains when the driver asks, and stands still otherwise."""
 
-    def __init__(self, stopwatch: Stopwatch, facts: Facts, objective: nn.Module) -> None:
-        super().__init__(None, echo=False, tracker=None)
+    def __init__(
+        self, stopwatch: Stopwatch, facts: Facts, objective: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(None, None)
         self._stopwatch, self._facts = stopwatch, facts
-        objective.register_forward_hook(self._keep_loss)
+        objective.register_forward_hook(self._keep)
+        optimizer.register_step_post_hook(self._step_done)
 
     def epoch(self, progress: Progress, steps: int, epochs: int) -> None:
         """Before the first step, when data, weights and trainer are ready, sends the facts."""
         if progress.global_step == 0:
             self._stopwatch.start(self._facts)
 
-    def step(self, progress: Progress, step: Step, rate: float) -> None:
-        """After each optimizer step."""
-        tokens, targets, loss = len(step.batch.items_T), step.global_targets, self._loss
-        self._stopwatch.step_done(len(step.batch.lengths_B), lambda: tokens, lambda: float(loss) / targets)
+    def _keep(self, objective: nn.Module, inputs: tuple[Step, Any], loss: torch.Tensor) -> None:
+        self._step, self._loss = inputs[0], loss.detach()
 
-    def _keep_loss(self, objective: nn.Module, inputs: Any, loss: torch.Tensor) -> None:
-        self._loss = loss.detach()
+    def _step_done(self, *_: Any) -> None:
+        step, loss = self._step, self._loss
+        tokens, targets = len(step.batch.items_T), step.global_targets
+        self._stopwatch.step_done(len(step.batch.lengths_B), lambda: tokens, lambda: float(loss) / targets)
 
 
 def config_of(arguments: argparse.Namespace) -> Config:
@@ -80,7 +83,7 @@ def train(config: Config, store: SequenceStore, device: torch.device) -> None:
     )
     parallel = Parallel(objective, Place(0, 1, device), config.train)
     state = TrainState(model, build_optimizer(model, config.train))
-    narrator = AskedSteps(Stopwatch(device.type), facts_of(config, store, model), objective)
+    narrator = AskedSteps(Stopwatch(device.type), facts_of(config, store, model), objective, state.optimizer)
     Trainer(config, store, state, parallel, narrator, None).train(lambda _: None)
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import uuid
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -72,8 +71,8 @@ class EventShards:
     """The shards of one store, as columns that are indexed by positions in the whole log.
 
     A local shard is read where it lies. A remote one is copied to the node's cache, checked, and shared by the node's
-    processes; the least recently used ones go when the copies reach `cache.shard_bytes`. A process keeps no more files
-    mapped than the cache holds.
+    processes; the least recently used ones go when the copies reach `cache.shard_bytes`. A process lets go of a file
+    that went at the next shard it opens, so that the disk holds little more than that.
     """
 
     def __init__(self, store: str, shards: Sequence[Shard], cache: Cache) -> None:
@@ -81,29 +80,29 @@ class EventShards:
         self._shards, self._location, self._cache = shards, events_location(store), cache
         self._remote = is_uri(store)
         largest = max(shard.bytes for shard in shards)
-        self._most = max(1, int(cache.shard_bytes // largest)) if self._remote else len(shards)
-        lanes = min(LANES, len(shards))
-        if self._most < lanes:
+        held, lanes = int(cache.shard_bytes // largest), min(LANES, len(shards))
+        if self._remote and held < lanes:
             raise DataError(
-                f"{store}: cluster.cache_shards_gib holds {self._most} of its shards ({largest / 2**30:.3g} GiB), and "
+                f"{store}: cluster.cache_shards_gib holds {held} of its shards ({largest / 2**30:.3g} GiB), and "
                 f"training reads {lanes} at a time; raise it, or data.store_shards for smaller ones"
             )
-        self._mapped: OrderedDict[int, Any] = OrderedDict()
+        self._mapped: dict[int, tuple[Path, Any]] = {}
 
     def batch(self, number: int) -> Any:
         """The record batch of a shard, memory-mapped."""
-        if number in self._mapped:
-            self._mapped.move_to_end(number)
-            return self._mapped[number]
+        if number not in self._mapped:
+            self._mapped = {key: (path, batch) for key, (path, batch) in self._mapped.items() if path.exists()}
+            self._mapped[number] = self._open(number)
+        return self._mapped[number][1]
+
+    def _open(self, number: int, tries: int = 3) -> tuple[Path, Any]:
         path = self._path(number)
         try:
-            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+            return path, pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
+            if self._remote and tries > 1 and not path.exists():  # another process made room with it just now
+                return self._open(number, tries - 1)
             raise DataError(f"{path}: cannot be read: {error}") from error
-        self._mapped[number] = batch
-        if len(self._mapped) > self._most:
-            self._mapped.popitem(last=False)
-        return batch
 
     def _path(self, number: int) -> Path:
         shard = self._shards[number]
