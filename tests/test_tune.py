@@ -14,6 +14,7 @@ from shop_log import shop_config
 from seqray.bundle import Bundle
 from seqray.config import Config
 from seqray.errors import ConfigError
+from seqray.folder import Folder
 from tune.picture import draw_search
 from tune.search import search
 from tune.strategy import Asha
@@ -23,6 +24,11 @@ SPACE = {
     "model.hidden_dim": {"choice": [8, 13]},
     "train.learning_rate": {"loguniform": [1e-3, 3e-2]},
 }
+
+
+def whole(bundles: Path) -> list[Path]:
+    """The bundles of a folder, without what a killed process left half done."""
+    return [path for path in bundles.iterdir() if not path.name.startswith(".")]
 
 
 def searched(folder: Path) -> Config:
@@ -51,18 +57,18 @@ def test_a_killed_search_goes_on_and_a_failing_trial_costs_one_trial(tmp_path: P
         first = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 240
     bundles = tmp_path / "out" / "bundles" / "shop"
-    while not (bundles.exists() and any(bundles.iterdir())):
+    while not (bundles.exists() and whole(bundles)):
         assert first.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
     time.sleep(1.0)  # Ray Tune notes the finished trial
     first.send_signal(signal.SIGKILL)
     first.wait()
-    finished_before = {bundle.name: (bundle / "manifest.json").read_bytes() for bundle in bundles.iterdir()}
+    finished_before = {bundle.name: (bundle / "manifest.json").read_bytes() for bundle in whole(bundles)}
 
     second = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "continues search" in second.stdout
-    rows = read_trials(next((tmp_path / "out" / "searches" / "shop").iterdir()))
+    rows = read_trials(Folder.at(next((tmp_path / "out" / "searches" / "shop").iterdir())))
     assert [row.number for row in rows] == list(range(1, 7))
     failed = [row for row in rows if row.sample["model.hidden_dim"] == 13]
     fine = [row for row in rows if row.sample["model.hidden_dim"] == 8]
@@ -70,9 +76,9 @@ def test_a_killed_search_goes_on_and_a_failing_trial_costs_one_trial(tmp_path: P
     assert all(row.status == "failed" and "bad luck" in (row.error or "") for row in failed)
     assert all(row.status == "finished" and row.epochs == 3 for row in fine)
     assert {
-        path.name: (path / "manifest.json").read_bytes() for path in bundles.iterdir()
+        path.name: (path / "manifest.json").read_bytes() for path in whole(bundles)
     }.items() >= finished_before.items()
-    assert len(list(bundles.iterdir())) == len(fine)
+    assert len(whole(bundles)) == len(fine)
 
     best = max(fine, key=lambda row: row.best)
     answer = json.loads(result.read_text())
@@ -100,7 +106,7 @@ def test_trials_with_two_workers_are_nested_train_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tune", str(path), "--json", str(result)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = read_trials(next((tmp_path / "out" / "searches" / "shop").iterdir()))
+    rows = read_trials(Folder.at(next((tmp_path / "out" / "searches" / "shop").iterdir())))
     assert {row.status for row in rows} <= {"finished", "stopped early"}
     assert json.loads(result.read_text())["bundle"] in [row.bundle for row in rows]
 
@@ -124,4 +130,4 @@ def test_the_table_and_the_picture_show_every_trial(tmp_path: Path, capsys: pyte
     print_trials(rows, "val/ndcg@10")
     printed = capsys.readouterr().out
     assert printed.index("0.2500") < printed.index("out of luck")
-    assert draw_search(tmp_path, rows, "val/ndcg@10").read_bytes().startswith(b"\x89PNG")
+    assert draw_search(Folder.at(tmp_path), rows, "val/ndcg@10").path.read_bytes().startswith(b"\x89PNG")
