@@ -9,6 +9,7 @@ import pytest
 import torch
 from several import fit_with, leave_after, matters
 from shop_log import shop_config
+from struck import job_of, run_workers
 
 from seqray.bundle import Bundle
 from seqray.config import Config
@@ -187,6 +188,13 @@ def test_what_vocabulary_parallel_cannot_do_is_told(shop: Path) -> None:
         base(shop).override({"train.num_workers": 3, "train.vocabulary_parallel": 2})
     with pytest.raises(ConfigError, match=r"train\.vocabulary_parallel works with loss\.type softmax, not bce"):
         base(shop).override({"train.num_workers": 2, "train.vocabulary_parallel": 2, "loss.type": "bce"})
+    other_table = base(shop).override({
+        "name": "other_table", "train.num_workers": 2, "train.vocabulary_parallel": 2,
+        "model.type": "broken_models:LooksAhead",
+    })  # fmt: skip
+    (first, second) = run_workers(job_of(other_table, shop).plain(), 2, shop)
+    assert "train.vocabulary_parallel: the model's item_weights() are not the rows of" in str(first)
+    assert second == first
 
 
 def test_a_run_in_shards_starts_from_a_bundle(shop: Path, alone: Bundle) -> None:

@@ -45,7 +45,6 @@ class Objective(nn.Module):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             return predict(self.model, batch)
 
-    @torch.no_grad()
     def answer(self, batch: Batch, weights_VD: Tensor | None) -> Prediction:
         """What evaluation asks, in float32; `weights_VD`: the item weights of an earlier answer."""
         return predict(self.model, batch, weights_VD)

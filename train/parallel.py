@@ -12,15 +12,20 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from seqray.config import Config
 from seqray.evaluation import Best, Part, Ranker, evaluate_ranker, prediction_scorer, rank_scores
+from seqray.losses import build_loss
+from seqray.models.protocol import Module
+from seqray.negatives import Popularity
 from seqray.program_config import EvaluateConfig, TrainConfig
 from seqray.samples import Step
-from seqray.sequences import Queries
-from train.blocks import blocks_of
+from seqray.sequences import Queries, SequenceStore
+from train.blocks import blocks_of, checkpoint_blocks
 from train.item_shards import shard_tables, shards_of
 from train.objective import Objective
 from train.place import Place, sum_over_workers
 from train.sharded_ranking import sharded_ranker
+from train.sharded_softmax import sharded_loss
 from train.vocabulary_group import VocabularyGroup
 
 
@@ -42,6 +47,17 @@ class Parallel:
         self._objective = spread(objective, place, config)
         self.part = Part(place.rank, place.world, sum_over_workers(place))
         """This worker's share of each batch."""
+
+    @classmethod
+    def of(cls, model: Module, config: Config, store: SequenceStore, place: Place) -> "Parallel":
+        """What `config` trains `model` by; ConfigError, on all workers, when the model cannot be trained so."""
+        train = config.train
+        if train.activation_checkpointing:
+            checkpoint_blocks(model)
+        group = VocabularyGroup.of(place, train.vocabulary_parallel)
+        loss = build_loss(config.loss) if group is None else sharded_loss(config.loss, group, store.num_items + 1)
+        objective = Objective(model, loss, store.num_items, train.precision, Popularity.of(store.catalogue))
+        return cls(objective, place, train, group)
 
     def train(self) -> None:
         """Turns dropout on."""
@@ -108,6 +124,7 @@ class Parallel:
             part.mul_(scale.to(part.dtype))
         return length
 
+    @torch.no_grad()  # around the whole: FSDP puts hooks on what it gathers where slopes are wanted
     def evaluate(
         self, queries: Queries, config: EvaluateConfig, num_items: int, mark: Callable[[], None]
     ) -> dict[str, float]:

@@ -18,6 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from seqray.errors import ConfigError
 from train.place import Place
 
+# The second names are those of before torch 2.13, which warns of them.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -65,7 +69,7 @@ class VocabularyGroup:
         """For each number of rows that this worker has, those of the whole group."""
         mine = torch.tensor(own, device=self.device)
         each = mine.new_empty(self.size * len(own))
-        dist.all_gather_into_tensor(each, mine, group=self._group)
+        _gather(each, mine, group=self._group)
         return [Sizes(tuple(column), self.rank) for column in each.view(self.size, -1).T.tolist()]
 
     def gather(self, own_RX: Tensor, sizes: Sizes) -> Tensor:
@@ -74,7 +78,7 @@ class VocabularyGroup:
         padded_RX = own_RX.new_zeros(longest, *own_RX.shape[1:])
         padded_RX[: len(own_RX)] = own_RX
         all_WRX = own_RX.new_empty(self.size * longest, *own_RX.shape[1:])
-        dist.all_gather_into_tensor(all_WRX, padded_RX, group=self._group)
+        _gather(all_WRX, padded_RX, group=self._group)
         return torch.cat([part[:count] for part, count in zip(torch.split(all_WRX, longest), sizes.each, strict=True)])
 
     def sum_own(self, all_GX: Tensor, sizes: Sizes) -> Tensor:
@@ -84,13 +88,13 @@ class VocabularyGroup:
         for rank, (end, count) in enumerate(zip(accumulate(sizes.each), sizes.each, strict=True)):
             padded_WRX[rank * longest : rank * longest + count] = all_GX[end - count : end]
         own_RX = all_GX.new_empty(longest, *all_GX.shape[1:])
-        dist.reduce_scatter_tensor(own_RX, padded_WRX, group=self._group)
+        _reduce(own_RX, padded_WRX, group=self._group)
         return own_RX[: sizes.each[self.rank]]
 
     def stack(self, own: Tensor) -> Tensor:
         """(X) of one shape on each worker -> (W, X)."""
         stacked = own.new_empty(self.size, *own.shape)
-        dist.all_gather_into_tensor(stacked.flatten(0, 1), own.contiguous(), group=self._group)
+        _gather(stacked.flatten(0, 1), own.contiguous(), group=self._group)
         return stacked
 
     def sum_(self, tensor: Tensor) -> Tensor:

@@ -15,14 +15,11 @@ from seqray.config import Config
 from seqray.errors import BundleError, ConfigError, DataError, SeqrayError
 from seqray.folder import Folder
 from seqray.locations import join
-from seqray.losses import build_loss
 from seqray.memory import keep_freed_memory
 from seqray.models.protocol import build_model
-from seqray.negatives import Popularity
 from seqray.sequences import SequenceStore
 from seqray.storage import MANIFEST_FILE, publish
 from seqray.tracking import Tracker
-from train.blocks import checkpoint_blocks
 from train.checkpoint_writer import CheckpointWriter
 from train.checkpoints import Checkpoints
 from train.finite import TrainingError
@@ -31,17 +28,14 @@ from train.guard import Guard, ignore
 from train.job import Job
 from train.layout import held_here
 from train.narrator import Narrator
-from train.objective import Objective
 from train.optimizer import build_optimizer
 from train.parallel import Parallel
 from train.place import Place, from_first, is_first, sum_over_workers
 from train.run_log import Say, sender
 from train.runs import StaleAttempt, check_attempt
-from train.sharded_softmax import sharded_loss
 from train.state import TrainState
 from train.steps_record import StepsRecord
 from train.trainer import Trainer
-from train.vocabulary_group import VocabularyGroup
 from train.warm_start import start_from
 from train.watchdog import StoreBoard, Watchdog
 
@@ -88,13 +82,8 @@ def work(
         store = store_of(job, config)
         torch.manual_seed(config.seed)
         model = build_model(config.model, store.catalogue)
-        if config.train.activation_checkpointing:
-            checkpoint_blocks(model)
     parameters = sum(weight.numel() for weight in model.parameters())
-    group = VocabularyGroup.of(place, config.train.vocabulary_parallel)
-    loss = build_loss(config.loss) if group is None else sharded_loss(config.loss, group, store.num_items + 1)
-    objective = Objective(model, loss, store.num_items, config.train.precision, Popularity.of(store.catalogue))
-    parallel = Parallel(objective, place, config.train, group)
+    parallel = Parallel.of(model, config, store, place)
     state = TrainState(model, build_optimizer(model, config.train))
     checkpoints = Checkpoints.at(join(job.run_folder, "checkpoints"), config.train.keep_checkpoints)
     checkpoint, passed_over = go_on(state, checkpoints)
