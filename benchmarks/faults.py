@@ -121,6 +121,7 @@ def driver(trial: Trial, between: Callable[[Path], None] = lambda _: None, *flag
 
 
 def flip(run: Path) -> None:
+    time.sleep(20)  # until the workers of the killed command have ended, and write no newer one
     newest = max((run / "checkpoints").glob("step_*")) / "model.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
@@ -207,6 +208,7 @@ OVERRIDES = {
 ENVIRONMENT = {"W&B away": {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}}
 TOLD = re.compile(
     "error: |no headway|skipped: |not written|passed over|W&B did not|its node died|^worker . failed|goes on from"
+    "|^  train"
 )
 
 
@@ -259,6 +261,7 @@ def _run(name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def _shown(line: str) -> str:
+    line = re.sub(r"step_\d+\S* not written", "step_N not written", line)
     line = re.sub(r" in \S*/runs/\S+?(?=;|$)", "", line)
     return line if len(line) < 150 else line[:147] + "..."
 

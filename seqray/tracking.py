@@ -66,8 +66,11 @@ class Tracker:
         settings: Mapping[str, Any],
         limits: Limits = Limits(),
         copy_to: Folder | None = None,
+        warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
-        """copy_to: where the folder of an offline run goes at its end, since `folder` is on this machine alone."""
+        """copy_to: where the folder of an offline run goes at its end, since `folder` is on this machine alone;
+        warn: takes a line, from the thread of W&B too.
+        """
         self.mode = resolve_mode(config)
         self.run_folder: Path | None = None
         """Where W&B keeps this run on disk, once it is known; `wandb sync FOLDER` uploads it."""
@@ -76,7 +79,7 @@ class Tracker:
         self._run_id = run_id
         self._name, self._group, self._tags = name[:128], group[:128], tuple(tag[:64] for tag in tags)
         self._settings = dict(settings)
-        self._limits, self._copy_to = limits, copy_to
+        self._limits, self._copy_to, self._say = limits, copy_to, warn
         self._changed = threading.Condition()
         self._records: deque[tuple[int, dict[str, float]]] = deque(maxlen=limits.records)
         self._summary: dict[str, Any] = {}
@@ -112,28 +115,28 @@ class Tracker:
         limit = self._limits.finish_online_s if self.mode == "online" else self._limits.finish_offline_s
         self._thread.join(limit)
         if self._thread.is_alive():
-            _warn(f"W&B did not finish within {limit:g} s; {self._sync_later()}")
+            self._warn(f"W&B did not finish within {limit:g} s; {self._sync_later()}")
         if self._dropped:
-            _warn(f"W&B was too slow for {self._dropped} of the records; the oldest were dropped")
+            self._warn(f"W&B was too slow for {self._dropped} of the records; the oldest were dropped")
 
     def _work(self) -> None:
         run = None
         if self.mode == "online" and not _has_key():  # wandb would ask for one at the terminal
-            _warn(f"no W&B key is set; this run is recorded offline, {self._sync_later()}")
+            self._warn(f"no W&B key is set; this run is recorded offline, {self._sync_later()}")
             self.mode = "offline"
         if self.mode == "online":
-            run = _attempt(
+            run = self._attempt(
                 lambda: self._start("online"), f"W&B did not start; this run is recorded offline, {self._sync_later()}"
             )
         if run is None:
-            run = _attempt(self._start_offline, "W&B did not start; this run is not recorded")
+            run = self._attempt(self._start_offline, "W&B did not start; this run is not recorded")
         if run is not None:
             self.run_folder = Path(run.settings.sync_dir)
-            _attempt(lambda: self._feed(run), f"W&B failed; {self._sync_later()}")
-            _attempt(_flush, f"W&B failed; {self._sync_later()}")
+            self._attempt(lambda: self._feed(run), f"W&B failed; {self._sync_later()}")
+            self._attempt(_flush, f"W&B failed; {self._sync_later()}")
             if self._copy_to is not None and self.mode == "offline":
                 target, source = self._copy_to / self.run_folder.name, self.run_folder
-                _attempt(lambda: target.put(source), f"the offline run stays in {source}")
+                self._attempt(lambda: target.put(source), f"the offline run stays in {source}")
 
     def _start_offline(self) -> Any:
         if self.mode == "online":
@@ -197,6 +200,17 @@ class Tracker:
                 run.finish(exit_code=exit_code)
                 return
 
+    def _attempt(self, action: Callable[[], Result], failure: str) -> Result | None:
+        try:
+            return action()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever W&B does, training goes on
+            lines = str(error).splitlines() or [""]
+            self._warn(f"{failure} ({type(error).__name__}: {lines[0][:200]})")
+            return None
+
+    def _warn(self, message: str) -> None:
+        self._say(f"warning: {message}")
+
     def _sync_later(self) -> str:
         return f"later: wandb sync {self.run_folder or self._folder / 'wandb' / f'offline-run-*-{self._run_id}'}"
 
@@ -208,22 +222,9 @@ def _flush() -> None:
         wandb.teardown()  # run.finish() returns before the file is written, and Ray may kill a worker at once
 
 
-def _attempt(action: Callable[[], Result], failure: str) -> Result | None:
-    try:
-        return action()
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever W&B does, training goes on
-        lines = str(error).splitlines() or [""]
-        _warn(f"{failure} ({type(error).__name__}: {lines[0][:200]})")
-        return None
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
 def _ignore_stop() -> None:
     # By default a click in W&B interrupts the main thread, which Ray Train takes for a crash and starts anew.
-    _warn("W&B asks to stop this run; stop the command instead")
+    print("warning: W&B asks to stop this run; stop the command instead", file=sys.stderr)
 
 
 def _has_key() -> bool:

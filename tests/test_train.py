@@ -237,7 +237,7 @@ def test_wandb_that_is_away_for_the_whole_run_costs_nothing(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     config = shop_config(tmp_path)
     away = fit(config.override({"name": "away", "tracking.mode": "online"}))
-    assert "W&B did not start; this run is recorded offline, later: wandb sync" in capfd.readouterr().err
+    assert "W&B did not start; this run is recorded offline, later: wandb sync" in capfd.readouterr().out
     assert list((tmp_path / "out" / "wandb").glob("offline-run-*"))
     assert_same(fit(config), away)
 

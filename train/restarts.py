@@ -19,6 +19,7 @@ WITHOUT_WORKERS = {"InitializingState", "SchedulingState", "RestartingState", "R
 SIGNS = {
     "its node has died": "its node died",
     "worker process has died": "its process died: killed, out of memory or crashed",
+    "actor is temporarily unavailable": "it cannot be reached",
     "health check has been hanging": "it does not answer Ray Train",
     "Connection closed by peer": "it lost another worker",
     "Connection reset by peer": "it lost another worker",

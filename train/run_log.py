@@ -27,7 +27,7 @@ class RunLog:
 
     def __init__(self, folder: Folder, *, echo: bool) -> None:
         self._folder, self._echo = folder, echo
-        self._closed = threading.Event()
+        self._closed, self._one_at_a_time = threading.Event(), threading.Lock()
         self._text, self._stored, self._unwritten = "", "", b""
         self._thread: threading.Thread | None = None
         if not folder.is_local:
@@ -37,12 +37,13 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Adds a line."""
-        if self._thread is None:
-            self._append((line + "\n").encode())
-        else:
-            self._text += line + "\n"
-        if self._echo:
-            print(line, flush=True)
+        with self._one_at_a_time:
+            if self._thread is None:
+                self._append((line + "\n").encode())
+            else:
+                self._text += line + "\n"
+            if self._echo:
+                print(line, flush=True)
 
     def _append(self, line: bytes) -> None:
         self._unwritten += line

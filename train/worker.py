@@ -199,6 +199,6 @@ def _narrator(job: Job, config: Config, place: Place, say: Say, gauges: Gauges |
     tracker = Tracker(
         config.tracking, output.path if output.is_local else Cache.of(config.cluster).folder, run_id=job.run_id,
         name=job.run_id, group=job.group, tags=(config.model.type, config.loss.type), settings=job.config,
-        copy_to=None if output.is_local else output / "wandb",
+        copy_to=None if output.is_local else output / "wandb", warn=say,
     )  # fmt: skip
     return Narrator(say, tracker, gauges)
