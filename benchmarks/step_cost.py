@@ -10,10 +10,11 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -99,22 +100,33 @@ def main() -> None:
     bench = Bench(load_config(arguments.config, tuple(arguments.overrides)))
     for number in range(5):
         bench.step(number)
-    # The operators of PyTorch are counted; our kernels do the same work, without the padding.
+    # The operators of PyTorch are counted; our kernels do the same work, in attention without the padding of tiles.
     with without_kernels(), FlopCounterMode(display=False) as counter:
         _, counted = bench.step(5)
     flops = counter.get_total_flops() / len(counted.batch.items_T)
-    found = [bench.step(number) for number in range(6, 6 + arguments.steps)]
-    rate = matmul_rate(bench.device, torch.bfloat16 if bench.bf16 else torch.float32)
-    streams = [Stream(step.batch.lengths_B) for _, step in found]
-    paddings = [(0 if uses_kernels(bench.device) else stream.padding, stream.T) for stream in streams]
-    show(bench, [times for times, _ in found], paddings, flops, rate)
+    product, found, products = Product(bench.device, torch.bfloat16 if bench.bf16 else torch.float32), [], []
+    with streams_made() as streams:
+        for number in range(6, 6 + arguments.steps):
+            found.append(bench.step(number))
+            products.append(product.seconds())
+    show(bench, found, streams, flops, product.flops / statistics.median(products))
     if arguments.ops:
         show_operators(bench, arguments.ops)
 
 
-def uses_kernels(device: torch.device) -> bool:
-    """Whether attention and the loss go through the kernels of seqray/native, where no event is padded."""
-    return device.type == "cpu" and operators(build=True) is not None
+@contextmanager
+def streams_made() -> Iterator[list[Stream]]:
+    """The streams that models make meanwhile."""
+    made: list[Stream] = []
+    plain = Stream.__init__
+
+    def noted(stream: Stream, *arguments: Any) -> None:
+        plain(stream, *arguments)
+        made.append(stream)
+
+    Stream.__init__ = noted
+    yield made
+    Stream.__init__ = plain
 
 
 @contextmanager
@@ -128,42 +140,51 @@ def without_kernels() -> Iterator[None]:
         os.environ[SWITCH] = before
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product, the best of several."""
-    size = 4096 if device.type == "cuda" else 2048
-    left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
-    return 2 * size**3 / min(_seconds(lambda: torch.mm(left, right, out=out), device) for _ in range(8))
+class Product:
+    """A large square product, whose rate is the floor's; made between the steps, so that both meet the same load."""
 
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        size = 4096 if device.type == "cuda" else 2048
+        self.flops, self._device = 2 * size**3, device
+        self._left, self._right, self._out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+        self.seconds()
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    def seconds(self) -> float:
+        """How long it takes now."""
+        self._synchronize()
+        start = time.perf_counter()
+        torch.mm(self._left, self._right, out=self._out)
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def show(
-    bench: Bench, times: list[list[float]], paddings: list[tuple[int, int]], flops_a_token: float, rate: float
+    bench: Bench, found: list[tuple[list[float], Step]], streams: list[Stream], flops_a_token: float, rate: float
 ) -> None:
-    """The stages and the floor."""
+    """The stages, padding and the floor. Where the kernels do the attention a stream makes no tiles."""
     table = Table("stage", "ms", "share")
+    times, steps = zip(*found, strict=True)
     medians = [statistics.median(column) * 1e3 for column in zip(*times, strict=True)]
     whole = statistics.median(sum(row) for row in times) * 1e3
     for stage, milliseconds in zip(STAGES, medians, strict=True):
         table.add_row(stage, f"{milliseconds:.1f}", f"{milliseconds / whole:.0%}")
     table.add_row("step", f"{whole:.1f}", "", style="bold")
     Console(width=110).print(table)
-    read = statistics.median(events for _, events in paddings)
+    read = statistics.median(len(step.batch.items_T) for step in steps)
     floor = flops_a_token * read / rate * 1e3
     epoch = whole * bench.steps / 1e3
-    padding, events = (sum(column) for column in zip(*paddings, strict=True))
+    tiled = [stream for stream in streams if "tiles" in vars(stream)]
+    padding, events = sum(stream.padding for stream in tiled), sum(stream.T for stream in streams)
+    kernels = bench.device.type == "cpu" and operators(build=True) is not None
     print(
         f"{read:,.0f} events a step, {bench.steps} steps ({epoch:.1f} s) an epoch, {read / whole * 1e3:,.0f} events/s\n"
+        f"kernels of seqray/native: {'at hand' if kernels else 'not at hand'}\n"
         f"padding: none in products, norms and loss; {padding / (padding + events):.1%} of attention's cells "
-        f"({'packed, by' if uses_kernels(bench.device) else 'tiles, without'} the kernels of seqray/native)\n"
+        f"({'in tiles' if tiled else 'packed, no tiles'})\n"
         f"floor: {flops_a_token * read / 1e9:.1f} GFLOP a step at {rate / 1e9:,.0f} GFLOP/s "
         f"({'bf16' if bench.bf16 else 'fp32'}) = {floor:.1f} ms; the step takes {whole / floor:.1f} times that"
     )
