@@ -12,50 +12,11 @@
 #include <cmath>
 
 #include "bf16.h"
+#include "packed.h"
 #include "simd.h"
 
 namespace seqray {
 namespace {
-
-constexpr int64_t QUERIES = 32, EVENTS = 128;
-
-struct Sizes {
-  int64_t T, H, d;
-  int64_t D() const { return H * d; }
-  int64_t row() const { return 3 * D(); }
-};
-
-// Where each event's sequence begins and ends, and runs of whole sequences that a thread does in one go.
-struct Sequences {
-  explicit Sequences(const at::Tensor& lengths) {
-    TORCH_CHECK(lengths.is_contiguous());
-    const int64_t* length = lengths.const_data_ptr<int64_t>();
-    runs.push_back(0);
-    for (int64_t b = 0, at = 0; b < lengths.numel(); at += length[b++]) {
-      begin.insert(begin.end(), length[b], at);
-      end.insert(end.end(), length[b], at + length[b]);
-      if (at > runs.back() && at + length[b] - runs.back() > EVENTS) runs.push_back(at);
-    }
-    runs.push_back(static_cast<int64_t>(begin.size()));
-  }
-
-  std::vector<int64_t> begin, end, runs;
-};
-
-// A block of queries first to stop of a head, and the keys it meets.
-struct Block {
-  Block(const Sequences& of, int64_t first, int64_t stop)
-      : sequences(of), first(first), count(stop - first), key(of.begin[first]), keys(stop - key) {}
-
-  // Which of 16 queries, from the block's `lane` on, see the key.
-  __mmask16 see(int64_t other, int64_t lane) const {
-    const int64_t query = first + lane;
-    return first_lanes(sequences.end[other] - query) & ~first_lanes(other - query);
-  }
-
-  const Sequences& sequences;
-  int64_t first, count, key, keys;
-};
 
 // Two rows of a block's queries, one for each of two keys, where a product's second factor wants them.
 void put(__m512 (&row)[2][2], float* into) {
@@ -84,16 +45,19 @@ struct Rows {
 };
 
 // C (M, d) += A (M, count) times `count` rows of events; A has zeros from `count` on.
-void add_product(int64_t M, int64_t count, int64_t d, const float* A, Rows<float> rows, int64_t t, float* C, float*) {
+void add_product(
+    int64_t M, int64_t count, int64_t d, const float* A, Rows<float> rows, int64_t t, float* C, float* /* memory */) {
   product(M, d, count, A, QUERIES, rows.row(t), rows.ld, C, d, true);
 }
-void add_product(int64_t M, int64_t count, int64_t d, const bf16* A, Rows<bf16> rows, int64_t t, float* C, bf16* memory) {
+void add_product(
+    int64_t M, int64_t count, int64_t d, const bf16* A, Rows<bf16> rows, int64_t t, float* C, bf16* memory) {
   const int64_t width = rounded(d, 32);
   pair_rows(rows.row(t), rows.ld, count, d, memory, QUERIES, width);
   product(M, d, rounded(count, 2), A, QUERIES, memory, width, C, d, true);
 }
 
-// Scores (keys, QUERIES) -> exp2(scale * (score - largest)), dropped where dropout says so; `factor` makes them chances.
+// Scores (keys, QUERIES) -> exp2(scale * (score - largest)), dropped where dropout says so; `factor` makes chances of
+// them.
 template <typename T>
 void soften(
     const Block& block, int64_t head, const Dropout& dropout, float scale, const float* scores, T* chances,
@@ -136,8 +100,8 @@ void soften(
   }
 }
 
-// From scores and the slopes of the dropped chances: the dropped chances, as a product's first factor, and the slopes of
-// the scores as first and as second factor.
+// From scores and the slopes of the dropped chances: the dropped chances, as a product's first factor, and the slopes
+// of the scores as first and as second factor.
 template <typename T>
 void slopes_of_scores(
     const Block& block, int64_t head, const Dropout& dropout, const float* log_sum, float scale, float* scores,
@@ -212,7 +176,8 @@ template <typename T>
 void backward_run(
     const Sequences& sequences, int64_t first, int64_t stop, const Sizes& of, int64_t head, const Dropout& dropout,
     const T* qkv, const T* slope, const float* log_sums, T* slopes) {
-  static thread_local Scratch<T> query_memory, slope_memory, key_memory, chance_memory, left_memory, right_memory, pair_memory;
+  static thread_local Scratch<T> query_memory, slope_memory, key_memory, chance_memory, left_memory, right_memory;
+  static thread_local Scratch<T> pair_memory;
   static thread_local Scratch<float> score_memory, of_chance_memory, out_memory, sum_memory;
   const int64_t events = stop - first, width = rounded(events + 1, LANES), d = of.d, cells = (events + 1) * QUERIES;
   T *query = query_memory.of(rounded(d, 32) * QUERIES), *of_mixed = slope_memory.of(rounded(d, 32) * QUERIES);
@@ -253,7 +218,9 @@ void backward_run(
 template <typename T, typename Work>
 void over_runs(const Sequences& sequences, int64_t heads, const Work& work) {
   const int64_t runs = static_cast<int64_t>(sequences.runs.size()) - 1;
-  share<T>(runs * heads, [&](int64_t i) { work(sequences.runs[i / heads], sequences.runs[i / heads + 1], i % heads); });
+  share<T>(runs * heads, [&](int64_t i) {
+    work(sequences.runs[i / heads], sequences.runs[i / heads + 1], i % heads);
+  });
 }
 
 Sizes sizes(const at::Tensor& qkv, int64_t heads) {
@@ -305,7 +272,9 @@ at::Tensor attention_backward(
 
 TORCH_LIBRARY_FRAGMENT(seqray, library) {
   library.def("attention(Tensor qkv, Tensor lengths, int heads, float rate, int seed) -> (Tensor, Tensor)");
-  library.def("attention_backward(Tensor slope, Tensor qkv, Tensor log_sums, Tensor lengths, int heads, float rate, int seed) -> Tensor");
+  library.def(
+      "attention_backward(Tensor slope, Tensor qkv, Tensor log_sums, Tensor lengths, int heads, float rate, int seed) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(seqray, CPU, library) {

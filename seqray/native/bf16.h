@@ -101,8 +101,8 @@ void pair_columns(
   }
 }
 
-// (rows, columns) -> its transpose (columns, ld_into), zeros from `rows` to `width`. With `factor` each row is multiplied
-// by its own.
+// (rows, columns) -> its transpose (columns, ld_into), zeros from `rows` to `width`. With `factor` each row is
+// multiplied by its own.
 template <typename From, typename Into>
 void turn(
     const From* from, int64_t ld_from, int64_t rows, int64_t columns, Into* into, int64_t ld_into, int64_t width,

@@ -1,11 +1,11 @@
 // Full cross-entropy and its slopes in one pass over the logits, which never leave the cache.
 //
 // A block of ROWS hidden states meets the catalogue a tile of ITEMS at a time: logits, exp(logit - reference) in bf16,
-// and at once its product with the items' weights, which adds up to the slopes over the hidden states. The reference of
-// a row is the largest logit of its first tile; where a later one exceeds it by far, what was made so far is scaled down.
-// The factor of a row (its weight over its sum) is known at the end; it is applied to these slopes and, for the slopes
-// over the weights, to the hidden states: they are a second product, a tile at a time, over the rows of a chunk. Targets
-// are taken off in float32. Every number is made in an order that does not depend on the number of threads.
+// and at once its product with the items' weights, which adds up to the slopes over the hidden states. The reference
+// of a row is the largest logit of its first tile; where a later one exceeds it by far, what was made so far is scaled
+// down. The factor of a row (its weight over its sum) is known at the end; it is applied to these slopes and, for the
+// slopes over the weights, to the hidden states: they are a second product, a tile at a time, over the rows of a
+// chunk. Targets are taken off in float32. Every number is made in an order that does not depend on the threads.
 //
 // Shapes: P asked events, S targets, D hidden (K: padded for products), V items + padding.
 
@@ -34,12 +34,15 @@ struct Inputs {
   int64_t tiles() const { return (V + ITEMS - 1) / ITEMS; }
   int64_t row(int64_t s) const { return rows ? rows[s] : s; }
   float weight(int64_t s) const { return target_weights ? target_weights[s] : 1.0f; }
-  int64_t first_target(int64_t row) const { return rows ? std::lower_bound(rows, rows + S, row) - rows : std::min(row, S); }
+  int64_t first_target(int64_t row) const {
+    return rows ? std::lower_bound(rows, rows + S, row) - rows : std::min(row, S);
+  }
 };
 
 // The catalogue's weights in bf16 as both products want them, tile by tile.
 struct Catalogue {
-  explicit Catalogue(const Inputs& in) : size(ITEMS * in.K()), memory(at::empty(2 * in.tiles() * size, at::kBFloat16)) {
+  explicit Catalogue(const Inputs& in)
+      : size(ITEMS * in.K()), memory(at::empty(2 * in.tiles() * size, at::kBFloat16)) {
     for_logits = memory.mutable_data_ptr<bf16>();
     for_hidden = for_logits + in.tiles() * size;
     share<bf16>(in.tiles(), [&](int64_t t) {
@@ -87,7 +90,8 @@ float largest(const float* logits) {
 }
 
 // Refers row r to a larger logit: scales down all that was made of the tiles before.
-void refer(Rows& rows, int64_t r, float larger, int64_t tile, const Chunk& chunk, int64_t row, float* slopes, int64_t K) {
+void refer(
+    Rows& rows, int64_t r, float larger, int64_t tile, const Chunk& chunk, int64_t row, float* slopes, int64_t K) {
   const float factor = std::exp(rows.reference[r] - larger);
   rows.reference[r] = larger;
   rows.sum[r] *= factor;
@@ -242,7 +246,8 @@ const float* floats(const at::Tensor& tensor) {
 // (loss, slopes over hidden (P, D), slopes over weights (V rounded up, D)); the slopes are empty unless `slopes`.
 std::tuple<double, at::Tensor, at::Tensor> cross_entropy(
     const at::Tensor& hidden, const at::Tensor& weights, const at::Tensor& items,
-    const std::optional<at::Tensor>& rows, const std::optional<at::Tensor>& target_weights, int64_t chunk, bool slopes) {
+    const std::optional<at::Tensor>& rows, const std::optional<at::Tensor>& target_weights, int64_t chunk,
+    bool slopes) {
   TORCH_CHECK(hidden.dim() == 2 && weights.dim() == 2 && hidden.size(1) == weights.size(1) && hidden.size(0) > 0);
   TORCH_CHECK(items.is_contiguous() && (!rows || (rows->is_contiguous() && rows->numel() == items.numel())));
   TORCH_CHECK(rows || items.numel() == hidden.size(0));
@@ -252,7 +257,8 @@ std::tuple<double, at::Tensor, at::Tensor> cross_entropy(
       items.const_data_ptr<int64_t>(), rows ? rows->const_data_ptr<int64_t>() : nullptr,
       target_weights ? floats(*target_weights) : nullptr};
   for (int64_t s = 0; s < in.S; s++) {
-    TORCH_CHECK(in.items[s] > 0 && in.items[s] < in.V && in.row(s) >= 0 && in.row(s) < in.P, "a target beyond the logits");
+    const bool inside = in.items[s] > 0 && in.items[s] < in.V && in.row(s) >= 0 && in.row(s) < in.P;
+    TORCH_CHECK(inside, "a target beyond the logits");
   }
   at::Tensor of_hidden = at::empty({slopes ? in.P : 0, in.D}, hidden.options());
   at::Tensor of_weights = at::empty({slopes ? in.tiles() * ITEMS : 0, in.D}, hidden.options());

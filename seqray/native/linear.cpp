@@ -1,8 +1,8 @@
-// A linear layer in bf16 with what stands before and after it: y = [residual + dropout] (W prepare(x) + b), where prepare
-// is nothing, a layer norm or GELU. A block of rows goes through all of it in the cache.
+// A linear layer in bf16 with what stands before and after it: y = [residual + dropout] (W prepare(x) + b), where
+// prepare is nothing, a layer norm or GELU. A block of rows goes through all of it in the cache.
 //
-// Slopes over the weights are added up over PARTs of rows, and these in their order, so that the results do not depend
-// on the number of threads. Shapes: T rows, I inputs, O outputs.
+// Slopes over the weights are added up over PARTs of rows, and these in their order, so that the results do not
+// depend on the number of threads. Shapes: T rows, I inputs, O outputs.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -138,7 +138,8 @@ void norm_backward(const Layer& of, const X* x, const Moments& moments, float* s
   const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / of.I);
   const __m512 share = _mm512_set1_ps(_mm512_reduce_add_ps(along) / of.I);
   columns(of.I, [&](int64_t i, __mmask16 some) {
-    const __m512 rest = _mm512_fnmadd_ps(moments.of(load(x + i, some)), share, _mm512_sub_ps(load(slope + i, some), mean));
+    const __m512 off = _mm512_sub_ps(load(slope + i, some), mean);
+    const __m512 rest = _mm512_fnmadd_ps(moments.of(load(x + i, some)), share, off);
     store(slope + i, some, _mm512_mul_ps(rest, _mm512_set1_ps(moments.rate)));
   });
 }
@@ -229,7 +230,8 @@ Layer layer(
     const Optional& shift, double epsilon, double rate, int64_t seed) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && weight.dim() == 2 && weight.size(1) == x.size(1));
   TORCH_CHECK(!bias || bias->numel() == weight.size(0));
-  TORCH_CHECK(prepare != static_cast<int64_t>(Prepare::norm) || (scale && shift && scale->numel() == x.size(1) && shift->numel() == x.size(1)));
+  const bool given = scale && shift && scale->numel() == x.size(1) && shift->numel() == x.size(1);
+  TORCH_CHECK(given || prepare != static_cast<int64_t>(Prepare::norm));
   return {
       x.size(0), x.size(1), weight.size(0), static_cast<Prepare>(prepare),
       {floats(scale), floats(shift), static_cast<float>(epsilon)}, floats(weight), floats(bias), Dropout(rate, seed)};
@@ -260,7 +262,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ba
     });
   });
   const auto parts = found.split_with_sizes({of.O * of.I, of.O, of.I, of.I});
-  const at::Tensor of_weight = of.O > of.I ? parts[0].view({of.I, of.O}).t().contiguous() : parts[0].view({of.O, of.I});
+  const bool tall = of.O > of.I;
+  const at::Tensor of_weight = tall ? parts[0].view({of.I, of.O}).t().contiguous() : parts[0].view({of.O, of.I});
   return {slope_x, of_weight, parts[1], parts[2], parts[3]};
 }
 
@@ -271,8 +274,8 @@ TORCH_LIBRARY_FRAGMENT(seqray, library) {
       "linear(Tensor x, Tensor weight, Tensor? bias, int prepare, Tensor? scale, Tensor? shift, float epsilon, "
       "Tensor? residual, float rate, int seed) -> Tensor");
   library.def(
-      "linear_backward(Tensor slope, Tensor x, Tensor weight, int prepare, Tensor? scale, Tensor? shift, float epsilon, "
-      "float rate, int seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "linear_backward(Tensor slope, Tensor x, Tensor weight, int prepare, Tensor? scale, Tensor? shift, "
+      "float epsilon, float rate, int seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(seqray, CPU, library) {
