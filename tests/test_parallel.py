@@ -212,3 +212,14 @@ def test_shards_multiply_in_bf16_too(shop: Path) -> None:
         history(one, config.override({"name": one.config.name}))[0]["train/loss"] for one in (bundle, fit(config))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp 2", "vocabulary 2", "vocabulary 2, fsdp"])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_last_bit(tmp_path: Path, layout: str) -> None:
+    config = named(base(tmp_path), layout).override({"name": "whole", "model.dropout": 0.3})
+    cut = config.override({"name": "cut"})
+    (whole,) = fit_with(2, config)
+    leave_after(1, 2, cut)
+    (resumed,) = fit_with(2, cut)
+    assert all(torch.equal(tensor, resumed.state[name]) for name, tensor in whole.state.items())
