@@ -133,7 +133,7 @@ def config_of(folder: Path, arguments: argparse.Namespace, train: Mapping[str, A
 def run(folder: Path, config: Config, world: int) -> tuple[dict[str, Any], Tensor]:
     """(what the first worker found, scores of the trained model for some validation queries)."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["benchmarks.parallel_loss"])
+    processes.set_forkserver_preload(["train.trainer"])
     with tempfile.TemporaryDirectory(dir=folder) as name:
         workers = [processes.Process(target=worker, args=(rank, world, config.plain(), name)) for rank in range(world)]
         for one in workers:
