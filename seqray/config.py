@@ -20,12 +20,12 @@ from seqray.program_config import (
     ClusterConfig,
     Distribution,
     EvaluateConfig,
-    ServeConfig,
     TrackingConfig,
     TrainConfig,
     TuneConfig,
 )
 from seqray.sections import Component, Section, SoftmaxConfig
+from seqray.serve_config import ServeConfig
 from seqray.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 NOT_SEARCHED = (

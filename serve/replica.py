@@ -5,7 +5,9 @@ from fastapi import FastAPI
 from seqray.bundle import Bundle
 from seqray.cache import Cache
 from seqray.recommender import Recommender
-from serve.application import Service, build_application
+from serve.application import build_application
+from serve.served_model import ServedModel
+from serve.service import Service
 
 
 class Replica:
@@ -22,7 +24,7 @@ class Replica:
         cache: Cache | None = None,
     ) -> None:
         recommender = Recommender(Bundle.load(bundle, trusted, cache), device, num_threads)
-        self.service = Service(recommender, name, max_batch_size)
+        self.service = Service(name, ServedModel(recommender, name, "champion", max_batch_size))
         self.service.warm_up()
 
     def __serve_build_asgi_app__(self) -> FastAPI:

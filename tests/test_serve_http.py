@@ -27,13 +27,21 @@ from starlette.testclient import TestClient
 from seqray.bundle import Bundle
 from seqray.errors import BundleError
 from seqray.recommender import Query, Recommender
-from serve.application import MAX_BODY_BYTES, Service, build_application, new_recommendation_id
+from serve.application import build_application
 from serve.batcher import Batcher
+from serve.bodies import MAX_BODY_BYTES
 from serve.haproxy_launcher import make_private
 from serve.middleware import ProblemMiddleware
+from serve.recommending import new_recommendation_id
 from serve.replica import Replica
+from serve.served_model import ServedModel
+from serve.service import Service
 
 JSON = {"Content-Type": "application/json"}
+
+
+def serving(recommender: Recommender, name: str, max_batch_size: int) -> Service:
+    return Service(name, ServedModel(recommender, name, "champion", max_batch_size))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,7 @@ def recommender(tiny_bundle: Bundle) -> Recommender:
 
 @pytest.fixture(scope="module")
 def client(recommender: Recommender) -> Iterator[TestClient]:
-    service = Service(recommender, "tiny", 8)
+    service = serving(recommender, "tiny", 8)
     service.warm_up()
     # Outside Ray the middleware that Ray Serve puts around the application is put around it here.
     with TestClient(ProblemMiddleware(build_application(service))) as client:
@@ -135,7 +143,7 @@ def test_milliseconds_are_warned_of(client: TestClient) -> None:
 @pytest.mark.parametrize("kind", [None, "view", "buy", "never heard of"])
 def test_events_and_timestamps_are_ranked_as_offline(featured_bundle: Bundle, kind: str | None) -> None:
     recommender = Recommender(featured_bundle)
-    service = Service(recommender, "featured", 4)
+    service = serving(recommender, "featured", 4)
     service.warm_up()
     now = time.time()
     times = [now - 40 * 86_400, now - 9 * 86_400, now - 3 * 86_400]
@@ -156,7 +164,7 @@ def test_events_and_timestamps_are_ranked_as_offline(featured_bundle: Bundle, ki
 
 @pytest.mark.parametrize("moment", [9e14, -9e14, 1e-300, 253402300800])
 def test_a_strange_time_is_no_failure(featured_bundle: Bundle, moment: float) -> None:
-    service = Service(Recommender(featured_bundle), "featured", 4)
+    service = serving(Recommender(featured_bundle), "featured", 4)
     service.warm_up()
     history = [{"item_id": "i1", "timestamp": moment}, {"item_id": "i2", "timestamp": -moment}]
     with TestClient(build_application(service)) as client:
@@ -193,7 +201,6 @@ def test_a_strange_time_is_no_failure(featured_bundle: Bundle, moment: float) ->
         ({"fallback": "random"}, ["/fallback"]),
         ({"include": ["score", "colour"]}, ["/include/1"]),
         ({"user_id": 7, "session_id": "\udfff"}, ["/user_id", "/session_id"]),
-        ({"filter": {}, "explain": False, "deadline_ms": 80}, ["/filter", "/explain", "/deadline_ms"]),
         ({"a/b~c": 1, "\ud800": 2}, ["/a~1b~0c", "/\ud800"]),
     ],
 )
@@ -205,8 +212,6 @@ def test_a_mistake_is_named_by_its_pointer(client: TestClient, request_body: obj
 def test_a_mistyped_field_is_told_the_nearest(client: TestClient) -> None:
     body = client.post("/v1/recommend", json={"histroy": []}).json()
     assert body["errors"] == [{"pointer": "/histroy", "detail": "unknown field; nearest: history"}]
-    body = client.post("/v1/recommend", json={"filter": {}}).json()
-    assert body["errors"] == [{"pointer": "/filter", "detail": "not supported by this version"}]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +306,7 @@ def test_recommendation_ids_sort_by_time(client: TestClient) -> None:
 def test_health(client: TestClient, recommender: Recommender) -> None:
     assert client.get("/healthz/live").json() == {"status": "live"}
     assert client.get("/healthz/ready").json()["model"]["version"] == "tiny-1"
-    cold = TestClient(build_application(Service(recommender, "tiny", 8)))
+    cold = TestClient(build_application(serving(recommender, "tiny", 8)))
     assert cold.get("/v2/health/live").status_code == 200
     for response in (cold.get("/v2/health/ready"), cold.post("/v1/recommend", json={})):
         assert response.status_code == 503
@@ -326,7 +331,7 @@ def test_metadata_of_any_type_is_json(tmp_path) -> None:
     odd = [date(2026, 1, 2), Decimal("1.50"), b"raw", float("nan"), ["a", None]]
     for number, value in enumerate(odd):
         items = items.append_column(f"c{number}", pa.array([value] * NUM_ITEMS))
-    service = Service(Recommender(save_tiny(tmp_path / "odd", items=items)), "odd", 2)
+    service = serving(Recommender(save_tiny(tmp_path / "odd", items=items)), "odd", 2)
     service.warm_up()
     client = TestClient(build_application(service))
     body = client.post("/v1/recommend", json={"k": 1, "include": ["metadata"]}).json()

@@ -1,0 +1,50 @@
+"""The section of the endpoint: `serve`."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from seqray.sections import Section
+
+
+class ServeConfig(Section):
+    """The endpoint."""
+
+    bundle: str | None = None
+    """Bundle to deploy."""
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless told otherwise."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port to listen on."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where a replica ranks; cuda reserves one GPU for each replica."""
+    cpus_per_replica: float = Field(1.0, gt=0)
+    """CPU cores of one replica; the model uses as many threads."""
+    min_replicas: int = Field(1, ge=0)
+    """Replicas kept when idle; 0 scales to zero."""
+    max_replicas: int = Field(2, ge=1)
+    """Replicas at the most."""
+    target_ongoing_requests: float = Field(16.0, gt=0)
+    """Requests in flight for each replica that autoscaling aims at."""
+    upscale_delay_s: float = Field(2.0, ge=0)
+    """Seconds of load above the target before replicas are added."""
+    downscale_delay_s: float = Field(60.0, ge=0)
+    """Seconds of load below the target before replicas are removed."""
+    metrics_interval_s: float = Field(0.5, gt=0)
+    """Seconds between the replicas' load reports; Ray's own default of 10 makes autoscaling slow."""
+    max_batch_size: int = Field(32, ge=1)
+    """Requests ranked in one forward pass."""
+    max_ongoing_requests: int = Field(64, ge=1)
+    """Requests a replica holds at a time."""
+    max_queued_requests: int = Field(128, ge=0)
+    """Requests that may wait for a replica; one more is answered 503 with Retry-After."""
+    retry_after_s: int = Field(1, ge=1)
+    """Seconds in that Retry-After."""
+    high_throughput: bool = True
+    """Ray Serve's HAProxy ingress and throughput profile."""
+
+    @model_validator(mode="after")
+    def _replicas_fit(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self

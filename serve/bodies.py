@@ -1,0 +1,140 @@
+"""JSON in and out: bodies read within their limits and parsed strictly, mistakes named by their JSON pointers."""
+
+import difflib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve.fields import EVENT_TAG, ID_TAG, Strict
+from serve.problems import FieldError, Problem, pointer
+from serve.request_id import fit_or_new
+
+MAX_BODY_BYTES = 2**20
+
+Model = TypeVar("Model", bound=Strict)
+Path = tuple[str | int, ...]
+
+
+async def read_json(request: Request) -> Any:
+    """The JSON of the body; Problem 400, 413 or 415 when it is none, too large, or of another type."""
+    _check_media_type(request)
+    return parse_json(await _read_body(request))
+
+
+def parse_json(body: bytes) -> Any:
+    """What a body says; Problem 400 for all that is not JSON, NaN and a field given twice among it."""
+    try:
+        return json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise Problem(400, "The body is not UTF-8.", [FieldError("", f"byte {error.start} is not UTF-8")]) from error
+    except RecursionError as error:
+        raise Problem(400, "The body is nested too deeply.", [FieldError("", "nested too deeply")]) from error
+    except ValueError as error:  # JSONDecodeError, our own two, and whole numbers of thousands of digits
+        raise Problem(400, "The body is not JSON.", [FieldError("", str(error))]) from error
+
+
+def parse(model: type[Model], data: Any, path: Path = ()) -> Model:
+    """`data` as a `model`; Problem 400 names every field that is wrong. `path`: where in the body it was."""
+    if not isinstance(data, dict):
+        text = "not a JSON object"
+        raise Problem(400, f"{pointer(path) or 'The body'} is {text}.", [FieldError(pointer(path), text)])
+    fields = model.model_fields
+    errors = [FieldError(pointer((*path, name)), _unknown(name, fields)) for name in data if name not in fields]
+    try:
+        parsed = model.model_validate({name: value for name, value in data.items() if name in fields})
+    except ValidationError as error:
+        errors += _field_errors(error, path)
+    if errors:
+        raise invalid(errors)
+    return parsed
+
+
+def invalid(errors: Sequence[FieldError]) -> Problem:
+    """The Problem 400 of fields that are wrong."""
+    fields = ", ".join(error.pointer or "the body" for error in errors[:3])
+    return Problem(400, f"The request has {len(errors)} invalid field(s): {fields[:200]}", errors)
+
+
+def answer(body: Mapping[str, Any], headers: Mapping[str, str], status: int = 200) -> Response:
+    """A JSON answer. ASCII with escapes: no id or title can then fail to be encoded."""
+    encoded = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return Response(encoded, status, headers=dict(headers), media_type="application/json")
+
+
+def answer_headers(request: Request, version: str | None = None) -> dict[str, str]:
+    """What every answer carries: the id of the request, and the version of the model that it was put to."""
+    headers = {"X-Request-Id": fit_or_new(request.headers.get("x-request-id", ""))}
+    if version is not None:
+        headers["X-Model-Version"] = version
+    return headers
+
+
+def plain(value: Any) -> Any:
+    """A value of the item table as JSON has it: dates, decimals and bytes as text, NaN as null."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _check_media_type(request: Request) -> None:
+    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
+    charset = parameters.strip().lower()
+    if media_type.strip().lower() != "application/json" or charset not in ("", "charset=utf-8", 'charset="utf-8"'):
+        raise Problem(415, "The body must be application/json in UTF-8.")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Problem(415, "The body must not be compressed.")
+
+
+async def _read_body(request: Request) -> bytes:
+    """The body; Problem 413 as soon as it is known to be too large."""
+    too_large = Problem(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", headers={"Connection": "close"})
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and (len(announced) > 9 or int(announced) > MAX_BODY_BYTES):
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = Counter(name for name, _ in pairs)
+        twice = names.most_common(1)[0][0]
+        raise ValueError(f"field {twice!r} is given twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unknown(name: str, fields: Mapping[str, Any]) -> str:
+    nearest = difflib.get_close_matches(name[:64], fields, 1)
+    return f"unknown field; nearest: {nearest[0]}" if nearest else "unknown field"
+
+
+def _field_errors(error: ValidationError, path: Path) -> list[FieldError]:
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return [
+        FieldError(pointer((*path, *(step for step in one["loc"] if step not in (ID_TAG, EVENT_TAG)))), one["msg"])
+        for one in found
+    ]

@@ -1,0 +1,41 @@
+"""ServedModel: one version of the model, ready to rank behind its batcher."""
+
+import math
+from typing import Literal
+
+from seqray.errors import BundleError
+from seqray.recommender import Query, Recommendation, Recommender
+from serve.batcher import Batcher
+
+Variant = Literal["champion", "challenger"]
+
+
+class ServedModel:
+    """A recommender, and what an answer says of it."""
+
+    def __init__(self, recommender: Recommender, name: str, variant: Variant, max_batch_size: int) -> None:
+        self.recommender = recommender
+        self.version = recommender.bundle.version
+        self.about = {"name": name, "version": self.version, "variant": variant}
+        """`model` of an answer."""
+        self._max_batch_size = max_batch_size
+        self._batcher: Batcher[Query, Recommendation] = Batcher(recommender.recommend, max_batch_size)
+
+    async def recommend(self, query: Query) -> Recommendation:
+        """The answer, from the next batch."""
+        return await self._batcher.submit(query)
+
+    def warm_up(self) -> None:
+        """Answers requests of several sizes and checks that one was ranked by the model, or BundleError."""
+        [popular] = self.recommender.recommend([Query((), k=1)])
+        history = tuple(item.item_id for item in popular.items)
+        query = Query(history, k=10, exclude_seen=False)
+        for size in {1, min(4, self._max_batch_size), self._max_batch_size}:
+            answers = self.recommender.recommend([query] * size)
+        items = answers[0].items
+        if not items or not all(item.source == "model" and math.isfinite(item.score) for item in items):
+            raise BundleError(f"{self.recommender.bundle.folder}: the model did not rank the warm-up request: {items}")
+
+    def close(self) -> None:
+        """Ends the batcher's thread after the batch that runs."""
+        self._batcher.close()
