@@ -1,5 +1,6 @@
 """The section of the endpoint: `serve`."""
 
+import ipaddress
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,6 +17,8 @@ class ServeConfig(Section):
     """Address to listen on; loopback unless told otherwise."""
     port: int = Field(8000, ge=1, le=65535)
     """Port to listen on."""
+    playground: Literal["auto", "on", "off"] = "auto"
+    """The page at / on which people try the model; auto: when host is a loopback address."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where a replica ranks; cuda reserves one GPU for each replica."""
     cpus_per_replica: float = Field(1.0, gt=0)
@@ -42,6 +45,19 @@ class ServeConfig(Section):
     """Seconds in that Retry-After."""
     high_throughput: bool = True
     """Ray Serve's HAProxy ingress and throughput profile."""
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether this machine alone can reach the endpoint."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def shows_playground(self) -> bool:
+        """Whether the page is served."""
+        return self.playground == "on" or (self.playground == "auto" and self.on_loopback)
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> Self:

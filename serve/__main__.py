@@ -1,7 +1,6 @@
 """python -m serve CONFIG serve.bundle=PATH: serves until it is told to stop."""
 
 import argparse
-import ipaddress
 import json
 import shlex
 import signal
@@ -63,15 +62,10 @@ def _announce(config: Config, deployment: "Deployment") -> None:
         f"  ask:   curl -s {deployment.url}/v1/recommend -H 'Content-Type: application/json' "
         f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     )
-    if not _is_loopback(config.serve.host):
+    if config.serve.shows_playground:
+        print(f"  try:   {deployment.url}/ in a browser")
+    if not config.serve.on_loopback:
         print(f"  note:  whoever reaches {config.serve.host} may ask; there are no keys", file=sys.stderr)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":

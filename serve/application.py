@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from serve import health, recommending
+from serve import health, page, recommending, searching
 from serve.bodies import answer_headers
 from serve.openapi import openapi_document
 from serve.problems import Problem
@@ -17,15 +17,20 @@ Handler = Callable[[Service, Request], Awaitable[Response]]
 
 ENDPOINTS: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/recommend", recommending.recommend),
+    ("GET", "/v1/items", searching.items),
     ("GET", "/healthz/live", health.live),
     ("GET", "/v2/health/live", health.live),
     ("GET", "/healthz/ready", health.ready),
     ("GET", "/v2/health/ready", health.ready),
 )
+PLAYGROUND: tuple[tuple[str, str, Handler], ...] = (
+    ("GET", "/", page.index),
+    ("GET", "/playground/{name}", page.part),
+)
 
 
-def build_application(service: Service) -> FastAPI:
-    """The endpoints of `ENDPOINTS`, /openapi.json and /docs."""
+def build_application(service: Service, playground: bool = False) -> FastAPI:
+    """The endpoints of `ENDPOINTS`, /openapi.json and /docs; with `playground` its page at /."""
     application = FastAPI(
         title="seqray",
         version="1",
@@ -34,7 +39,7 @@ def build_application(service: Service) -> FastAPI:
     )
     application.openapi = lambda: openapi_document(service.name)  # type: ignore[method-assign]
     # Starlette's own routes: FastAPI would read and check the body itself, more slowly and with other errors.
-    for method, path, handler in ENDPOINTS:
+    for method, path, handler in ENDPOINTS + (PLAYGROUND if playground else ()):
         application.router.add_route(path, _endpoint(service, handler), methods=[method])
     return application
 

@@ -95,7 +95,7 @@ def _run(config: Config, bundle: "Bundle", trusted: tuple[str, ...]) -> str:
     ray.serve.start(http_options={"host": serve.host, "port": serve.port}, logging_config={"enable_access_log": False})
     cache = Cache.of(config.cluster)  # each node has its own copy of a bundle behind a URI
     arguments = (bundle.location, trusted, config.name, serve.device, math.ceil(serve.cpus_per_replica))
-    application = _deployment(config).bind(*arguments, serve.max_batch_size, cache)
+    application = _deployment(config).bind(*arguments, serve.max_batch_size, cache, serve.shows_playground)
     try:
         ray.serve.run(application, name=config.name, route_prefix="/")
     except RayServeException as error:

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from seqray import __version__
 from serve.problems import MEDIA_TYPE
 from serve.schemas import RecommendRequest, RecommendResponse
+from serve.searching import ItemsQuery, ItemsResponse
 
 _PROBLEM = {
     "type": "object",
@@ -37,7 +40,7 @@ _REFUSALS = {
 def openapi_document(name: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the application `name`."""
     schemas: dict[str, Any] = {"Problem": _PROBLEM}
-    for model in (RecommendRequest, RecommendResponse):
+    for model in (RecommendRequest, RecommendResponse, ItemsResponse):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
@@ -49,11 +52,18 @@ def openapi_document(name: str) -> dict[str, Any]:
         "requestBody": {"required": True, "content": _json("RecommendRequest")},
         "responses": {"200": {"description": "The items.", "content": _json("RecommendResponse")}, **refusals},
     }
+    items = {
+        "summary": "Items by their id and what their texts say",
+        "operationId": "items",
+        "parameters": _query_parameters(ItemsQuery),
+        "responses": {"200": {"description": "The items.", "content": _json("ItemsResponse")}, **refusals},
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": f"{name}: recommendations", "version": __version__},
         "paths": {
             "/v1/recommend": {"post": recommend},
+            "/v1/items": {"get": items},
             "/healthz/live": {"get": _health("live", "The process answers.")},
             "/healthz/ready": {"get": _health("ready", "The model was verified and has ranked a request.")},
         },
@@ -63,6 +73,11 @@ def openapi_document(name: str) -> dict[str, Any]:
 
 def _json(name: str) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+
+
+def _query_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
+    fields = model.model_json_schema()["properties"]
+    return [{"name": name, "in": "query", "schema": schema} for name, schema in fields.items()]
 
 
 def _health(name: str, text: str) -> dict[str, Any]:

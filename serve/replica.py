@@ -22,11 +22,13 @@ class Replica:
         num_threads: int,
         max_batch_size: int,
         cache: Cache | None = None,
+        playground: bool = False,
     ) -> None:
         recommender = Recommender(Bundle.load(bundle, trusted, cache), device, num_threads)
         self.service = Service(name, ServedModel(recommender, name, "champion", max_batch_size))
         self.service.warm_up()
+        self._playground = playground
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
-        return build_application(self.service)
+        return build_application(self.service, self._playground)

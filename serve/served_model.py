@@ -6,6 +6,7 @@ from typing import Literal
 from seqray.errors import BundleError
 from seqray.recommender import Query, Recommendation, Recommender
 from serve.batcher import Batcher
+from serve.item_search import ItemSearch
 
 Variant = Literal["champion", "challenger"]
 
@@ -18,6 +19,7 @@ class ServedModel:
         self.version = recommender.bundle.version
         self.about = {"name": name, "version": self.version, "variant": variant}
         """`model` of an answer."""
+        self.search = ItemSearch(recommender.bundle.items)
         self._max_batch_size = max_batch_size
         self._batcher: Batcher[Query, Recommendation] = Batcher(recommender.recommend, max_batch_size)
 

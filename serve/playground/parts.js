@@ -1,0 +1,78 @@
+// Pieces of the page. Whatever comes from the server or the user goes in by textContent, never as markup.
+
+import {idText} from "./api.js";
+
+const SHOWN_FIELDS = 3;
+const SHOWN_EFFECTS = 4;
+
+export function element(tag, {text, classes, data, on, ...attributes} = {}, children = []) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (classes) made.className = classes;
+  Object.assign(made.dataset, data);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  for (const [name, listener] of Object.entries(on ?? {})) made.addEventListener(name, listener);
+  made.append(...children);
+  return made;
+}
+
+export function titleOf(item) {
+  const title = item.metadata?.title;
+  return typeof title === "string" && title.trim() ? title : idText(item.item_id);
+}
+
+// Title, and below it the id and the first few of the other fields.
+export function named(item) {
+  const about = Object.entries(item.metadata ?? {})
+    .filter(([name, value]) => name !== "title" && value !== null && typeof value !== "object" && String(value) !== "")
+    .slice(0, SHOWN_FIELDS)
+    .map(([name, value]) => `${name} ${value}`);
+  const below = titleOf(item) === idText(item.item_id) ? about : [idText(item.item_id), ...about];
+  return element("span", {classes: "named"}, [
+    element("span", {classes: "title", text: titleOf(item)}),
+    element("span", {classes: "quiet below", text: below.join("  ·  ")}),
+  ]);
+}
+
+export function icon(text, label, focus, click) {
+  return element("button", {type: "button", classes: "icon", text, title: label, "aria-label": label, data: {focus}, on: {click}});
+}
+
+export function score(value) {
+  return Math.abs(value) >= 1000 ? value.toFixed(0) : value.toFixed(2);
+}
+
+// Where an item stood in the answer before: how far it moved, or that it is new; nothing without an answer before.
+export function moved(rank, before) {
+  if (before === undefined) return element("span", {classes: "moved new", text: "new", title: "not in the answer before"});
+  if (before === rank) return element("span", {classes: "moved"});
+  const up = before > rank;
+  const title = `was number ${before}`;
+  return element("span", {classes: up ? "moved up" : "moved down", text: `${up ? "▲" : "▼"}${Math.abs(before - rank)}`, title});
+}
+
+// The events of the history that moved the score most, as chips whose strength is the effect's share of the largest.
+export function because(explanation, history) {
+  const shown = explanation.filter((one) => one.effect !== 0).slice(0, SHOWN_EFFECTS);
+  const largest = Math.max(...shown.map((one) => Math.abs(one.effect)));
+  const chips = shown.map((one) => {
+    const event = history[one.position] ?? {item_id: one.item_id};
+    const sign = one.effect > 0 ? "+" : "−";
+    const chip = element("li", {classes: one.effect > 0 ? "chip" : "chip against"}, [
+      element("span", {classes: "chip-title", text: titleOf(event)}),
+      element("span", {classes: "number", text: ` ${sign}${score(Math.abs(one.effect))}`}),
+    ]);
+    chip.style.setProperty("--strength", Math.abs(one.effect) / largest);
+    chip.title = `Without it the score would be ${score(Math.abs(one.effect))} ${one.effect > 0 ? "lower" : "higher"}`;
+    return chip;
+  });
+  return element("ul", {classes: "because", "aria-label": "because of"}, chips);
+}
+
+// A message beside a field, tied to it for screen readers; an empty text takes it away.
+export function tell(id, text) {
+  const place = document.getElementById(`${id}-error`);
+  place.textContent = text;
+  place.hidden = !text;
+  document.getElementById(id)?.toggleAttribute("aria-invalid", Boolean(text));
+}
