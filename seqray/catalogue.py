@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqray.errors import ConfigError
 from seqray.model_sections import ItemColumn
-from seqray.table_files import as_array
+from seqray.table_files import as_array, flat_values
 
 IntArray = npt.NDArray[np.int64]
 
@@ -58,7 +58,7 @@ class Catalogue:
 
         Nulls, NaN and empty text are no value. ConfigError names a column that is not there or does not fit.
         """
-        rows_N, values = _flat(self._column(wanted.column))
+        rows_N, values = flat_values(self._column(wanted.column))
         numbers_or_text = _categories if wanted.buckets is None else _buckets
         try:
             code_N, names = numbers_or_text(values, wanted)
@@ -83,15 +83,6 @@ class Catalogue:
                 f"choices: {', '.join(choices) or 'none'}"
             )
         return as_array(self.items.column(name))
-
-
-def _flat(column: pa.Array) -> tuple[IntArray, pa.Array]:
-    """(row of the item table, value) of every value of a column."""
-    rows = np.arange(len(column))
-    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        rows = rows[pc.list_parent_indices(column).to_numpy()]
-        column = as_array(pc.list_flatten(column))
-    return rows, column
 
 
 def _categories(values: pa.Array, _: ItemColumn) -> tuple[IntArray, tuple[str, ...]]:

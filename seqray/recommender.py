@@ -1,88 +1,43 @@
 """Recommender: history in, top-k out. The only path from a bundle to recommendations, offline and over HTTP.
 
-Shapes: B queries, T packed events, D hidden, V items + padding, K top-k, P pairs (query, item_index).
+Shapes: B queries, V items + padding.
 """
 
-import math
-import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from seqray.bundle import Bundle
-from seqray.models.protocol import predict
-from seqray.ranking import NEVER, mask_scores, top_k
-from seqray.sequences import UNKNOWN_TIME, Batch
+from seqray.explanation import influences
+from seqray.histories import HistoryReader, KnownHistory
+from seqray.item_filter import Filter, read_filter
+from seqray.item_masks import ItemMasks
+from seqray.models.protocol import Prediction, predict
+from seqray.popularity import Popularity
+from seqray.query import Influence, Query, RankedItem, Recommendation, SimilarQuery
+from seqray.retrieval import ExactRetrieval, Limits, Ranked, best_of_candidates, best_of_scores
 
-SCORES_AT_A_TIME = 2**25
-"""Scores held at a time (128 MiB in float32); a larger list of queries is ranked in parts."""
-FARTHEST = 4e12
-"""Seconds from 1970, some 127,000 years; times beyond are taken for this one, so that differences fit in 64 bits."""
-
-Source = Literal["model", "popular"]
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """One history to continue: item ids, oldest first; the newest `max_length` of the model are read."""
-
-    history: tuple[Hashable, ...]
-    k: int = 20
-    exclude_items: tuple[Hashable, ...] = ()
-    exclude_seen: bool | None = None
-    """Leave the history's items out; None: as the bundle was evaluated."""
-    fallback: Literal["popular", "none"] = "popular"
-    """Answer to a history without a known item: most popular items, or an empty list."""
-    events: tuple[str | None, ...] = ()
-    """What happened at each event of the history; empty: not known. Other values than the bundle's are as None."""
-    timestamps: tuple[float | None, ...] = ()
-    """When each event happened, seconds since 1970; empty: not known. They count when every event read has one."""
-    now: float | None = None
-    """Time of the query, seconds since 1970; None: the present moment."""
-
-    def __post_init__(self) -> None:
-        """ValueError when `events` or `timestamps` are not parallel to the history."""
-        for name, values in (("events", self.events), ("timestamps", self.timestamps)):
-            if values and len(values) != len(self.history):
-                raise ValueError(f"{name} has {len(values)} values for {len(self.history)} events of the history")
-
-
-class RankedItem(NamedTuple):
-    """One recommended item; the score is the model's, or the training events of a popular item."""
-
-    item_id: Any
-    score: float
-    source: Source
+__all__ = ["Influence", "Query", "RankedItem", "Recommendation", "Recommender", "SimilarQuery"]
 
 
 @dataclass(frozen=True, slots=True)
-class Recommendation:
-    """The answer to a Query, best item first; fewer than k when fewer items are left."""
-
-    items: tuple[RankedItem, ...]
-    unknown_items: tuple[Hashable, ...] = ()
-    """Ids of the history that the bundle does not know, each once."""
-    fallback_used: bool = False
-    """No item of the history was known."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
+class _Asked:
     """A query in item indices."""
 
-    query: Query
+    query: Query | SimilarQuery
     unknown: tuple[Hashable, ...]
-    excluded: list[int]
-    history: list[int]
-    """The events that the model reads."""
-    event_types: list[int]
-    """Of each event of `history`; empty: the log had none."""
-    times: list[int]
-    """Microseconds since 1970 of each event of `history` and then of the query; empty: not known."""
+    limits: Limits
+    history: KnownHistory | None = None
+    """Of a Query."""
+    item: int = 0
+    """Of a SimilarQuery; 0: unknown."""
+
+    @property
+    def has_context(self) -> bool:
+        """Whether the model has anything to go by."""
+        return bool(self.item if self.history is None else self.history.items)
 
 
 class Recommender:
@@ -95,105 +50,99 @@ class Recommender:
         self.bundle = bundle
         self._device = torch.device(device)
         self._model = bundle.model().to(self._device, torch.float32)
-        self._max_length = self._model.max_length
+        self._histories = HistoryReader(bundle, self._model.max_length)
         self._exclude_seen = bundle.config.evaluate.exclude_seen
-        self._vocabulary = bundle.vocabulary
-        data = bundle.config.data
-        self._event_types: dict[str | None, int] = {name: n for n, name in enumerate(data.event_types, start=1)}
-        self._has_times = data.columns.timestamp is not None
+        self._index = bundle.vocabulary.index
         self._item_ids: list[Any] = [None, *bundle.items.column("item_id").to_pylist()]
         with torch.inference_mode():
             self._weights_VD = self._model.item_weights().float().contiguous()
-        events = bundle.items.column("train_events").to_numpy()
-        order = np.argsort(-events.astype(np.int64), kind="stable")
-        self._popular = [(int(row) + 1, float(events[row])) for row in order]
+            self._inverse_norm_V = 1 / self._weights_VD.norm(dim=1).clamp_min(1e-12)
+        self._retrieval = ExactRetrieval(len(self._weights_VD))
+        self._masks = ItemMasks(bundle.items, self._device)
+        self._popularity = Popularity(bundle.items.column("train_events").to_numpy())
 
-    def recommend(self, queries: Sequence[Query]) -> list[Recommendation]:
+    def recommend(self, queries: Sequence[Query | SimilarQuery]) -> list[Recommendation]:
         """The answer to each query. It depends on the other queries by no more than float rounding."""
-        known = [self._look_up(query) for query in queries]
-        ranked = [position for position, one in enumerate(known) if one.history]
-        answers = [self._fall_back(one) for one in known]
-        part = max(1, SCORES_AT_A_TIME // len(self._weights_VD))
-        for start in range(0, len(ranked), part):
-            positions = ranked[start : start + part]
-            for position, answer in zip(positions, self._rank([known[p] for p in positions]), strict=True):
-                answers[position] = answer
+        asked = [self._look_up(query) for query in queries]
+        answers = [Recommendation(()) if one.has_context else self._fall_back(one) for one in asked]
+        groups: dict[Callable[[list[_Asked]], list[Ranked]], list[int]] = {}
+        for place, one in enumerate(asked):
+            if one.has_context:
+                groups.setdefault(self._way(one), []).append(place)
+        step = self._retrieval.queries_at_a_time
+        for rank, places in groups.items():
+            for start in range(0, len(places), step):
+                part = places[start : start + step]
+                with torch.inference_mode():
+                    for place, ranked in zip(part, rank([asked[place] for place in part]), strict=True):
+                        answers[place] = self._answer(asked[place], ranked)
         return answers
+
+    def read_filter(self, data: Any) -> Filter:
+        """The `filter` of a query from its JSON form (see `seqray.item_filter`); FilterError names what is wrong."""
+        return read_filter(data, self._masks.kinds)
 
     def metadata(self, item_ids: Iterable[Any]) -> list[dict[str, Any]]:
         """The user's columns of each item (ids of this bundle), such as its title."""
         columns = [name for name in self.bundle.items.column_names if name not in ("item_id", "train_events")]
-        rows = self._vocabulary.indices(item_ids) - 1
+        rows = self.bundle.vocabulary.indices(item_ids) - 1
         found: list[dict[str, Any]] = self.bundle.items.select(columns).take(rows).to_pylist()
         return found if columns else [{} for _ in rows]
 
-    def _look_up(self, query: Query) -> _Known:
-        index = self._vocabulary.index
-        items = [index(item_id) for item_id in query.history]
-        unknown = tuple(dict.fromkeys(i for i, item in zip(query.history, items, strict=True) if not item))
-        excluded = [item for item in map(index, query.exclude_items) if item]
+    def _look_up(self, query: Query | SimilarQuery) -> _Asked:
+        excluded = [item for item in map(self._index, query.exclude_items) if item]
+        allowed_V = None if query.filter is None else self._masks.mask(query.filter)
+        if isinstance(query, SimilarQuery):
+            item = self._index(query.item_id)
+            return _Asked(
+                query, () if item else (query.item_id,), Limits(query.k, [*excluded, item], allowed_V), item=item
+            )
+        history = self._histories.read(query)
         if self._exclude_seen if query.exclude_seen is None else query.exclude_seen:
-            excluded += [item for item in items if item]
-        places = [place for place, item in enumerate(items) if item][-self._max_length :]
-        history = [items[place] for place in places]
-        return _Known(query, unknown, excluded, history, self._types(query, places), self._times(query, places))
+            excluded += history.seen
+        limits = Limits(query.k, excluded, allowed_V)
+        if query.candidates is None:
+            return _Asked(query, history.unknown, limits, history)
+        found = {item_id: self._index(item_id) for item_id in query.candidates}
+        unknown = tuple(dict.fromkeys([*history.unknown, *(one for one, item in found.items() if not item)]))
+        return _Asked(query, unknown, limits.among(item for item in found.values() if item), history)
 
-    def _types(self, query: Query, places: list[int]) -> list[int]:
-        if not self._event_types:
-            return []
-        return (
-            [self._event_types.get(query.events[place], 0) for place in places] if query.events else [0] * len(places)
+    def _way(self, asked: _Asked) -> Callable[[list[_Asked]], list[Ranked]]:
+        if asked.history is None:
+            return self._rank_similar
+        return self._rank_catalogue if asked.limits.candidates is None else self._rank_candidates
+
+    def _rank_catalogue(self, asked: list[_Asked]) -> list[Ranked]:
+        return self._retrieval.best(self._predict(asked), [one.limits for one in asked])
+
+    def _rank_candidates(self, asked: list[_Asked]) -> list[Ranked]:
+        prediction = self._predict(asked)
+        return [best_of_candidates(prediction.row(row), one.limits) for row, one in enumerate(asked)]
+
+    def _rank_similar(self, asked: list[_Asked]) -> list[Ranked]:
+        items_B = torch.tensor([one.item for one in asked], device=self._device)
+        scale_B1 = self._inverse_norm_V[items_B].unsqueeze(1)
+        scores_BV = (self._weights_VD[items_B] * scale_B1) @ self._weights_VD.T * self._inverse_norm_V
+        return best_of_scores(scores_BV, [one.limits for one in asked])
+
+    def _predict(self, asked: list[_Asked]) -> Prediction:
+        batch = self._histories.batch([one.history for one in asked if one.history is not None])
+        return predict(self._model, batch.to(self._device), self._weights_VD)
+
+    def _answer(self, asked: _Asked, ranked: Ranked) -> Recommendation:
+        index, scores = ranked
+        items = tuple(
+            RankedItem(self._item_ids[item], score, "model") for item, score in zip(index, scores, strict=True)
         )
+        explanations: tuple[tuple[Influence, ...], ...] = ()
+        if isinstance(asked.query, Query) and asked.query.explain and asked.history is not None:
+            shown = asked.query.history
+            explanations = influences(self._model, self._histories, self._weights_VD, shown, asked.history, index)
+        return Recommendation(items, asked.unknown, explanations=explanations)
 
-    def _times(self, query: Query, places: list[int]) -> list[int]:
-        moments = [query.timestamps[place] for place in places] if query.timestamps and self._has_times else []
-        known = [moment for moment in moments if moment is not None and math.isfinite(moment)]
-        if not known or len(known) < len(moments):
-            return []
-        now = time.time() if query.now is None else query.now
-        return [round(max(-FARTHEST, min(moment, FARTHEST)) * 1e6) for moment in (*known, now)]
-
-    def _fall_back(self, known: _Known) -> Recommendation:
-        if known.history:
-            return Recommendation(())
-        if known.query.fallback == "none":
-            return Recommendation((), known.unknown)
-        excluded = set(known.excluded)
-        items: list[RankedItem] = []
-        for item, events in self._popular:
-            if len(items) == known.query.k:
-                break
-            if item not in excluded:
-                items.append(RankedItem(self._item_ids[item], events, "popular"))
-        return Recommendation(tuple(items), known.unknown, fallback_used=True)
-
-    @torch.inference_mode()
-    def _rank(self, known: list[_Known]) -> list[Recommendation]:
-        scores_BV = predict(self._model, self._batch(known), self._weights_VD).scores()
-        query_P = torch.tensor([row for row, one in enumerate(known) for _ in one.excluded], dtype=torch.int64)
-        item_P = torch.tensor([item for one in known for item in one.excluded], dtype=torch.int64)
-        mask_scores(scores_BV, query_P.to(self._device), item_P.to(self._device))
-        index_BK, values_BK = top_k(scores_BV, max(one.query.k for one in known))
-        return [
-            Recommendation(self._items(index[: one.query.k], values), one.unknown)
-            for one, index, values in zip(known, index_BK.tolist(), values_BK.tolist(), strict=True)
-        ]
-
-    def _batch(self, known: list[_Known]) -> Batch:
-        """Histories with what the log of the bundle had too: event types and times, where the queries have them."""
-        times_T = next_times_T = None
-        if any(one.times for one in known):
-            times = [one.times or [UNKNOWN_TIME] * (len(one.history) + 1) for one in known]
-            times_T, next_times_T = _packed(one[:-1] for one in times), _packed(one[1:] for one in times)
-        events_T = _packed(one.event_types for one in known) if self._event_types else None
-        lengths_B = torch.tensor([len(one.history) for one in known])
-        items_T = _packed(one.history for one in known)
-        return Batch(items_T, lengths_B, None, times_T, next_times_T, events_T).ask_last().to(self._device)
-
-    def _items(self, index: list[int], values: list[float]) -> tuple[RankedItem, ...]:
-        found = zip(index, values, strict=False)
-        return tuple(RankedItem(self._item_ids[item], score, "model") for item, score in found if score != NEVER)
-
-
-def _packed(parts: Iterable[list[int]]) -> Tensor:
-    return torch.tensor([value for part in parts for value in part], dtype=torch.int64)
+    def _fall_back(self, asked: _Asked) -> Recommendation:
+        if asked.query.fallback == "none":
+            return Recommendation((), asked.unknown)
+        index, events = self._popularity.best(asked.limits)
+        items = tuple(RankedItem(self._item_ids[item], n, "popular") for item, n in zip(index, events, strict=True))
+        return Recommendation(items, asked.unknown, fallback_used=True)

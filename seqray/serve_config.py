@@ -41,6 +41,8 @@ class ServeConfig(Section):
     """Requests a replica holds at a time."""
     max_queued_requests: int = Field(128, ge=0)
     """Requests that may wait for a replica; one more is answered 503 with Retry-After."""
+    deadline_ms: int = Field(2000, ge=1)
+    """Milliseconds after which a request that names no deadline is answered 504, and its work dropped."""
     retry_after_s: int = Field(1, ge=1)
     """Seconds in that Retry-After."""
     high_throughput: bool = True

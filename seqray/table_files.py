@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.json as pajson
@@ -116,6 +119,15 @@ def as_array(column: Any) -> Any:
     if pa.types.is_string(column.type) or pa.types.is_string_view(column.type):
         column = column.cast(pa.large_string())  # string holds 2 GB at the most
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def flat_values(column: Any) -> tuple[npt.NDArray[np.int64], Any]:
+    """(row of the table, value) of every value of an Arrow array; lists, also nested, are laid end to end."""
+    rows = np.arange(len(column))
+    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        rows = rows[pc.list_parent_indices(column).to_numpy()]
+        column = as_array(pc.list_flatten(column))
+    return rows, column
 
 
 def column_names(file: TableFile) -> list[str]:

@@ -17,6 +17,10 @@ Handler = Callable[[Service, Request], Awaitable[Response]]
 
 ENDPOINTS: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/recommend", recommending.recommend),
+    ("POST", "/v1/recommend:batch", recommending.batch),
+    ("POST", "/v1/similar-items", recommending.similar_items),
+    ("POST", "/v1/rank", recommending.rank),
+    ("POST", "/v1/explain", recommending.explain),
     ("GET", "/v1/items", searching.items),
     ("GET", "/healthz/live", health.live),
     ("GET", "/v2/health/live", health.live),

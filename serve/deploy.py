@@ -6,7 +6,6 @@ What imports PyTorch or Ray is imported inside the functions, so that a mistake 
 import contextlib
 import io
 import logging
-import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,8 +93,8 @@ def _run(config: Config, bundle: "Bundle", trusted: tuple[str, ...]) -> str:
     serve = config.serve
     ray.serve.start(http_options={"host": serve.host, "port": serve.port}, logging_config={"enable_access_log": False})
     cache = Cache.of(config.cluster)  # each node has its own copy of a bundle behind a URI
-    arguments = (bundle.location, trusted, config.name, serve.device, math.ceil(serve.cpus_per_replica))
-    application = _deployment(config).bind(*arguments, serve.max_batch_size, cache, serve.shows_playground)
+    settings = serve.model_dump(mode="json")
+    application = _deployment(config).bind(bundle.location, trusted, config.name, settings, cache)
     try:
         ray.serve.run(application, name=config.name, route_prefix="/")
     except RayServeException as error:

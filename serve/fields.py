@@ -67,3 +67,8 @@ HistoryEntry = Annotated[
     Annotated[ItemId, Tag(ID_TAG)] | Annotated[Event, Tag(EVENT_TAG)],
     Discriminator(lambda value: EVENT_TAG if isinstance(value, dict) else ID_TAG),
 ]
+
+
+def example(request: dict[str, Any]) -> ConfigDict:
+    """The configuration of a request that shows an example in the OpenAPI document."""
+    return ConfigDict(json_schema_extra={"examples": [request]})

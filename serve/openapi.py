@@ -5,8 +5,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from seqray import __version__
+from seqray.item_filter import OPERATIONS
+from serve.answers import BatchResponse, RecommendResponse
 from serve.problems import MEDIA_TYPE
-from serve.schemas import RecommendRequest, RecommendResponse
+from serve.requests import BatchRequest, ExplainRequest, RankRequest, RecommendRequest, SimilarItemsRequest
 from serve.searching import ItemsQuery, ItemsResponse
 
 _PROBLEM = {
@@ -29,46 +31,96 @@ _PROBLEM = {
         },
     },
 }
+_FILTERS = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Filter"}}
+_FILTER = {
+    "description": "A condition on a column of the item table, or filters of which all, any or not must hold.",
+    "examples": [{"all": [{"field": "category", "in": ["shoes"]}, {"field": "price", "lte": 80}]}],
+    "anyOf": [
+        {"type": "null"},
+        {"type": "object", "required": ["all"], "properties": {"all": _FILTERS}, "additionalProperties": False},
+        {"type": "object", "required": ["any"], "properties": {"any": _FILTERS}, "additionalProperties": False},
+        {
+            "type": "object",
+            "required": ["not"],
+            "properties": {"not": {"$ref": "#/components/schemas/Filter"}},
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "required": ["field"],
+            "minProperties": 2,
+            "properties": {
+                "field": {"type": "string"},
+                **{name: {} for name in OPERATIONS},
+                "in": {"type": "array"},
+                "exists": {"type": "boolean"},
+            },
+            "additionalProperties": False,
+        },
+    ],
+}
+_FILTERED = (("RecommendRequest", "filter"), ("SimilarItemsRequest", "filter"))
 _REFUSALS = {
     "400": "A field is invalid or unknown; `errors` names each.",
     "413": "The body is larger than 1 MiB.",
     "415": "The body is not JSON.",
     "503": "Too many requests, or not ready; see Retry-After.",
+    "504": "The deadline has passed.",
 }
+_OPERATIONS: tuple[tuple[str, str, type[BaseModel], type[BaseModel]], ...] = (
+    ("/v1/recommend", "One context in, ranked items out", RecommendRequest, RecommendResponse),
+    ("/v1/recommend:batch", "Several contexts, a result or a problem for each", BatchRequest, BatchResponse),
+    ("/v1/similar-items", "One item in, its like out", SimilarItemsRequest, RecommendResponse),
+    ("/v1/rank", "Given candidates, ordered for a context", RankRequest, RecommendResponse),
+    ("/v1/explain", "Which events of the history drove each item", ExplainRequest, RecommendResponse),
+)
 
 
 def openapi_document(name: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the application `name`."""
-    schemas: dict[str, Any] = {"Problem": _PROBLEM}
-    for model in (RecommendRequest, RecommendResponse, ItemsResponse):
+    schemas: dict[str, Any] = {"Problem": _PROBLEM, "Filter": _FILTER}
+    models = [model for _, _, request, response in _OPERATIONS for model in (request, response)]
+    for model in (*models, ItemsResponse):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
-    problem = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    refusals = {status: {"description": text, "content": problem} for status, text in _REFUSALS.items()}
-    recommend = {
-        "summary": "One context in, ranked items out",
-        "operationId": "recommend",
-        "requestBody": {"required": True, "content": _json("RecommendRequest")},
-        "responses": {"200": {"description": "The items.", "content": _json("RecommendResponse")}, **refusals},
-    }
-    items = {
-        "summary": "Items by their id and what their texts say",
-        "operationId": "items",
-        "parameters": _query_parameters(ItemsQuery),
-        "responses": {"200": {"description": "The items.", "content": _json("ItemsResponse")}, **refusals},
-    }
+    for model_name, field in _FILTERED:
+        schemas[model_name]["properties"][field] |= {"$ref": "#/components/schemas/Filter"}
+    schemas["BatchRequest"]["properties"]["requests"]["items"] = {"$ref": "#/components/schemas/RecommendRequest"}
     return {
         "openapi": "3.1.0",
         "info": {"title": f"{name}: recommendations", "version": __version__},
         "paths": {
-            "/v1/recommend": {"post": recommend},
-            "/v1/items": {"get": items},
+            **{path: {"post": _post(path, *about)} for path, *about in _OPERATIONS},  # type: ignore[arg-type]
+            "/v1/items": {"get": _get_items()},
             "/healthz/live": {"get": _health("live", "The process answers.")},
             "/healthz/ready": {"get": _health("ready", "The model was verified and has ranked a request.")},
         },
         "components": {"schemas": schemas},
     }
+
+
+def _get_items() -> dict[str, Any]:
+    return {
+        "summary": "Items by their id and what their texts say",
+        "operationId": "items",
+        "parameters": _query_parameters(ItemsQuery),
+        "responses": {"200": {"description": "The items.", "content": _json("ItemsResponse")}, **_refusals()},
+    }
+
+
+def _post(path: str, summary: str, request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "operationId": path.removeprefix("/v1/").replace(":", "_").replace("-", "_"),
+        "requestBody": {"required": True, "content": _json(request.__name__)},
+        "responses": {"200": {"description": "The answer.", "content": _json(response.__name__)}, **_refusals()},
+    }
+
+
+def _refusals() -> dict[str, Any]:
+    problem = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": text, "content": problem} for status, text in _REFUSALS.items()}
 
 
 def _json(name: str) -> dict[str, Any]:

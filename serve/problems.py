@@ -46,8 +46,8 @@ class Problem(Exception):
         super().__init__(detail)
         self.status, self.detail, self.errors, self.headers = status, detail, errors, dict(headers or {})
 
-    def body(self, request_id: str | None = None) -> bytes:
-        """The problem as JSON, plain ASCII."""
+    def as_json(self, request_id: str | None = None) -> dict[str, Any]:
+        """The problem as JSON data."""
         problem: dict[str, Any] = {
             "type": "about:blank",
             "title": _phrase(self.status),
@@ -62,7 +62,11 @@ class Problem(Exception):
             ]
         if request_id is not None:
             problem["request_id"] = request_id
-        return json.dumps(problem, separators=(",", ":")).encode("ascii")
+        return problem
+
+    def body(self, request_id: str | None = None) -> bytes:
+        """The problem as a body, plain ASCII."""
+        return json.dumps(self.as_json(request_id), separators=(",", ":")).encode("ascii")
 
     def response(self, headers: Mapping[str, str]) -> Response:
         """The problem as a response with further headers; their X-Request-Id stands in the body too."""

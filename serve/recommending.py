@@ -1,66 +1,100 @@
-"""POST /v1/recommend."""
+"""POST /v1/recommend, /v1/recommend:batch, /v1/similar-items, /v1/rank and /v1/explain."""
 
-import os
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from seqray.recommender import Recommendation
-from serve.bodies import answer, answer_headers, plain, read_json
-from serve.schemas import parse_recommend
+from seqray.recommender import Query, Recommendation, SimilarQuery
+from serve.answers import recommendation
+from serve.bodies import Path, answer, answer_headers, parse, read_json
+from serve.problems import Problem
+from serve.requests import (
+    BatchRequest,
+    Context,
+    ExplainRequest,
+    RankRequest,
+    Read,
+    RecommendRequest,
+    SimilarItemsRequest,
+    read_context,
+)
 from serve.served_model import ServedModel
 from serve.service import Service
-
-CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
 async def recommend(service: Service, request: Request) -> Response:
     """One context in, ranked items out."""
-    asked, warnings = parse_recommend(await read_json(request))
-    model = service.model_for(asked.user_id or asked.session_id)
-    found = await model.recommend(asked.query())
-    body = recommendation_body(model, found, asked.include, warnings)
+    return await _one_context(service, request, RecommendRequest)
+
+
+async def rank(service: Service, request: Request) -> Response:
+    """Given candidates, ordered for a context."""
+    return await _one_context(service, request, RankRequest)
+
+
+async def explain(service: Service, request: Request) -> Response:
+    """Which events of the history drove each item."""
+    return await _one_context(service, request, ExplainRequest)
+
+
+async def batch(service: Service, request: Request) -> Response:
+    """Several contexts, a result or a problem for each."""
+    began = time.monotonic()
+    asked = parse(BatchRequest, await read_json(request)).requests
+    entries = (_entry(service, data, ("requests", place), began) for place, data in enumerate(asked))
+    return answer({"results": await asyncio.gather(*entries)}, answer_headers(request))
+
+
+async def similar_items(service: Service, request: Request) -> Response:
+    """One item in, its like out."""
+    began = time.monotonic()
+    asked = parse(SimilarItemsRequest, await read_json(request))
+    model = service.champion
+    found = await _in_time(service, model, asked.asked(model.recommender), asked.deadline_ms, began)
+    body = recommendation(model, found, asked.include, _no_item(found, asked.filter))
     return answer(body, answer_headers(request, model.version))
 
 
-def recommendation_body(
-    model: ServedModel, found: Recommendation, include: Sequence[str], warnings: Sequence[str]
+async def _one_context(service: Service, request: Request, kind: type[Context]) -> Response:
+    began = time.monotonic()
+    read = read_context(kind, await read_json(request))
+    model = service.model_for(read.context.who)
+    body = await _context_body(service, model, read, began)
+    return answer(body, answer_headers(request, model.version))
+
+
+async def _entry(service: Service, data: Any, path: Path, began: float) -> dict[str, Any]:
+    try:
+        read = read_context(RecommendRequest, data, path)
+        model = service.model_for(read.context.who)
+        return {"result": await _context_body(service, model, read, began, path)}
+    except Problem as problem:
+        return {"problem": problem.as_json()}
+
+
+async def _context_body(
+    service: Service, model: ServedModel, read: Read, began: float, path: Path = ()
 ) -> dict[str, Any]:
-    """The answer of recommend."""
-    metadata = None
-    if "metadata" in include:
-        metadata = model.recommender.metadata(item.item_id for item in found.items)
-    return {
-        "recommendation_id": new_recommendation_id(),
-        "model": model.about,
-        "items": _items(found, "score" in include, metadata),
-        "unknown_items": found.unknown_items,
-        "fallback_used": found.fallback_used,
-        "warnings": warnings,
-    }
+    context = read.context
+    found = await _in_time(service, model, context.asked(model.recommender, path), context.deadline_ms, began)
+    warnings = read.warnings + _no_item(found, getattr(context, "filter", None))
+    return recommendation(model, found, context.include, warnings, read.dropped)
 
 
-def new_recommendation_id() -> str:
-    """rec_ and a ULID: 48 bits of milliseconds and 80 random ones, so that ids sort by time."""
-    number = (time.time_ns() // 1_000_000 << 80) | int.from_bytes(os.urandom(10))
-    return "rec_" + "".join(CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+async def _in_time(
+    service: Service, model: ServedModel, query: Query | SimilarQuery, deadline_ms: int | None, began: float
+) -> Recommendation:
+    """The answer; Problem 504 when the deadline, counted from `began`, passes first. Work not begun is dropped."""
+    allowed_ms = deadline_ms or service.deadline_ms
+    try:
+        async with asyncio.timeout(began + allowed_ms / 1000 - time.monotonic()):
+            return await model.recommend(query)
+    except TimeoutError as error:
+        raise Problem(504, f"The deadline of {allowed_ms} ms has passed.") from error
 
 
-def _items(found: Recommendation, score: bool, metadata: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    items = []
-    for rank, item in enumerate(found.items, start=1):
-        shown: dict[str, Any] = {"item_id": _plain_id(item.item_id), "rank": rank}
-        if score:
-            shown["score"] = item.score
-        shown["source"] = item.source
-        if metadata is not None:
-            shown["metadata"] = plain(metadata[rank - 1])
-        items.append(shown)
-    return items
-
-
-def _plain_id(item_id: Any) -> str | int:
-    return item_id if isinstance(item_id, str | int) else str(item_id)
+def _no_item(found: Recommendation, chosen: Any) -> list[str]:
+    return [] if found.items or chosen is None else ["filter: no item that may be returned meets it"]

@@ -7,10 +7,10 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve.answers import ModelName
 from serve.bodies import answer, answer_headers, invalid, parse, plain
 from serve.fields import Strict
 from serve.problems import FieldError, pointer
-from serve.schemas import ModelName
 from serve.service import Service
 
 MAX_LIMIT = 100

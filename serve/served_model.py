@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 from seqray.errors import BundleError
-from seqray.recommender import Query, Recommendation, Recommender
+from seqray.recommender import Query, Recommendation, Recommender, SimilarQuery
 from serve.batcher import Batcher
 from serve.item_search import ItemSearch
 
@@ -21,9 +21,9 @@ class ServedModel:
         """`model` of an answer."""
         self.search = ItemSearch(recommender.bundle.items)
         self._max_batch_size = max_batch_size
-        self._batcher: Batcher[Query, Recommendation] = Batcher(recommender.recommend, max_batch_size)
+        self._batcher: Batcher[Query | SimilarQuery, Recommendation] = Batcher(recommender.recommend, max_batch_size)
 
-    async def recommend(self, query: Query) -> Recommendation:
+    async def recommend(self, query: Query | SimilarQuery) -> Recommendation:
         """The answer, from the next batch."""
         return await self._batcher.submit(query)
 

@@ -7,8 +7,10 @@ from serve.served_model import ServedModel
 class Service:
     """The model that answers, and whether it may be asked."""
 
-    def __init__(self, name: str, champion: ServedModel) -> None:
+    def __init__(self, name: str, champion: ServedModel, deadline_ms: int = 2000) -> None:
+        """deadline_ms: of a request that names none."""
         self.name = name
+        self.deadline_ms = deadline_ms
         self.ready = False
         self._champion = champion
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import NUM_ITEMS
 
-from seqray import recommender as recommender_module
+from seqray import retrieval
 from seqray.bundle import Bundle
-from seqray.recommender import Query, Recommender
+from seqray.recommender import Query, Recommender, SimilarQuery
 from seqray.sequences import Batch
 
 
@@ -97,7 +97,7 @@ def test_an_answer_does_not_depend_on_its_batch(recommender: Recommender, monkey
     ]
     alone = [recommender.recommend([query])[0] for query in queries]
     together = recommender.recommend(queries)
-    monkeypatch.setattr(recommender_module, "SCORES_AT_A_TIME", 2 * (NUM_ITEMS + 1))
+    monkeypatch.setattr(retrieval, "SCORES_AT_A_TIME", 2 * (NUM_ITEMS + 1))
     in_parts = recommender.recommend(queries)
     for one, other, part in zip(alone, together, in_parts, strict=True):
         assert ids(one) == ids(other) == ids(part)
@@ -193,3 +193,80 @@ def test_metadata_are_the_columns_of_the_shop(recommender: Recommender) -> None:
         {"title": "Título 2", "price": None},
         {"title": "Título 1", "price": 1.0},
     ]
+
+
+def test_a_filter_keeps_only_what_it_lets_through(recommender: Recommender) -> None:
+    cheap = recommender.read_filter({"field": "price", "lt": 20})
+    whole, filtered, popular = recommender.recommend(
+        [Query(("i1", "i2"), NUM_ITEMS), Query(("i1", "i2"), NUM_ITEMS, filter=cheap), Query((), 3, filter=cheap)]
+    )
+    assert ids(filtered) == [item for item in ids(whole) if int(item[1:]) < 20 and int(item[1:]) % 2]
+    assert ids(popular) == ["i1", "i3", "i5"]
+    [nothing] = recommender.recommend([Query(("i1",), filter=recommender.read_filter({"field": "price", "lt": 0}))])
+    assert nothing.items == ()
+    assert not nothing.fallback_used
+
+
+def test_candidates_are_ranked_as_the_catalogue_is(recommender: Recommender) -> None:
+    candidates = ("i9", "i4", "nope", "i4", "i1", "i30")
+    [whole, some, popular] = recommender.recommend(
+        [
+            Query(("i1", "i2"), NUM_ITEMS, exclude_seen=False),
+            Query(("i1", "i2"), 10, candidates=candidates, exclude_seen=False),
+            Query(("who",), 10, candidates=("i9", "i4", "i3", "i2")),
+        ]
+    )
+    assert ids(some) == [item for item in ids(whole) if item in candidates]
+    scores = {item.item_id: item.score for item in whole.items}
+    assert [item.score for item in some.items] == pytest.approx([scores[item] for item in ids(some)])
+    assert some.unknown_items == ("nope",)
+    assert ids(popular) == ["i2", "i3", "i4", "i9"]
+    assert popular.fallback_used
+
+
+def test_candidates_may_all_be_excluded_or_unknown(recommender: Recommender) -> None:
+    [excluded, unknown] = recommender.recommend(
+        [Query(("i1",), candidates=("i1",), exclude_seen=True), Query(("i1",), candidates=("nope",))]
+    )
+    assert excluded.items == unknown.items == ()
+
+
+def test_similar_items_have_the_largest_cosine(recommender: Recommender, tiny_bundle: Bundle) -> None:
+    weights = torch.nn.functional.normalize(tiny_bundle.model().item_weights().detach(), dim=1)
+    cosines = weights @ weights[3]
+    order = [item for item in cosines.argsort(descending=True).tolist() if item not in (0, 3, 7)]
+    [answer, unknown] = recommender.recommend(
+        [SimilarQuery("i3", NUM_ITEMS, exclude_items=("i7",)), SimilarQuery("nope", 2, filter=None)]
+    )
+    assert ids(answer) == [f"i{item}" for item in order]
+    assert [item.score for item in answer.items] == pytest.approx(cosines[order].tolist(), abs=1e-5)
+    assert (ids(unknown), unknown.fallback_used, unknown.unknown_items) == (["i2", "i1"], True, ("nope",))
+
+
+@pytest.mark.parametrize("name", ["tiny_bundle", "featured_bundle"])
+def test_an_explanation_is_what_leaving_the_event_out_does(name: str, request: pytest.FixtureRequest) -> None:
+    recommender = Recommender(request.getfixturevalue(name))
+    history = ("i5", "nope", "i9", "i5", "i11")
+    now = time.time()
+    more = {"exclude_seen": False, "now": now, "events": ("view", None, "buy", "view", "buy")}
+    more["timestamps"] = tuple(now - 86_400 * days for days in (9, 7, 4, 2, 1))
+    [answer] = recommender.recommend([Query(history, 4, explain=True, **more)])
+    assert len(answer.explanations) == 4
+    for item, influences in zip(answer.items, answer.explanations, strict=True):
+        effects = {}
+        for place in (0, 2, 3, 4):
+            rest = {key: tuple(v for n, v in enumerate(more[key]) if n != place) for key in ("events", "timestamps")}
+            without = tuple(one for n, one in enumerate(history) if n != place)
+            [other] = recommender.recommend([Query(without, NUM_ITEMS, **{**more, **rest})])
+            effects[place] = item.score - {one.item_id: one.score for one in other.items}[item.item_id]
+        expected = sorted((place for place in effects if effects[place] > 0), key=lambda place: -effects[place])
+        assert [influence.place for influence in influences] == expected
+        assert [influence.item_id for influence in influences] == [history[place] for place in expected]
+        assert [influence.effect for influence in influences] == pytest.approx(
+            [effects[place] for place in expected], abs=1e-4
+        )
+
+
+def test_the_only_event_explains_all(recommender: Recommender) -> None:
+    [answer] = recommender.recommend([Query(("nope", "i5"), 2, explain=True)])
+    assert answer.explanations == (((1, "i5", None),),) * 2

@@ -132,7 +132,7 @@ def test_a_bundle_on_s3_is_served(bucket: Bucket, tmp_path: Path) -> None:
     from serve.replica import Replica
 
     bundle = fit(remote(bucket, tmp_path, "served", train={"epochs": 1}))
-    replica = Replica(bundle.location, (), "served", "cpu", 1, 4, Cache(tmp_path / "another node"))
+    replica = Replica(bundle.location, (), "served", {"max_batch_size": 4}, Cache(tmp_path / "another node"))
     assert replica.service.ready
     assert replica.service.version == bundle.version
 

@@ -27,12 +27,12 @@ from starlette.testclient import TestClient
 from seqray.bundle import Bundle
 from seqray.errors import BundleError
 from seqray.recommender import Query, Recommender
+from serve.answers import new_recommendation_id
 from serve.application import build_application
 from serve.batcher import Batcher
 from serve.bodies import MAX_BODY_BYTES
 from serve.haproxy_launcher import make_private
 from serve.middleware import ProblemMiddleware
-from serve.recommending import new_recommendation_id
 from serve.replica import Replica
 from serve.served_model import ServedModel
 from serve.service import Service
@@ -318,7 +318,8 @@ def test_openapi_knows_the_request(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     assert sorted(schemas["RecommendRequest"]["properties"]) == [
-        "exclude_items", "exclude_seen", "fallback", "history", "include", "k", "session_id", "user_id",
+        "deadline_ms", "exclude_items", "exclude_seen", "explain", "fallback", "filter", "history", "include", "k",
+        "session_id", "user_id",
     ]  # fmt: skip
     text = json.dumps(document)
     references = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
@@ -357,7 +358,7 @@ def test_our_own_fault_is_a_problem_too() -> None:
 
 def test_a_replica_refuses_a_changed_bundle(tmp_path) -> None:
     bundle = save_tiny(tmp_path / "bundle")
-    arguments = (str(bundle.folder), (), "tiny", "cpu", 1, 4)
+    arguments = (str(bundle.folder), (), "tiny", {"max_batch_size": 4})
     assert Replica(*arguments).service.ready
     (bundle.folder / "metrics.json").write_text("{}")
     with pytest.raises(BundleError, match=r"metrics\.json does not match"):

@@ -6,6 +6,7 @@ Shapes: T packed events, P asked events, B sequences, D hidden, V items + paddin
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from seqray.catalogue import Catalogue
@@ -75,6 +76,30 @@ class Prediction:
         if self.added is not None:
             scores_PV.index_put_((self.added.rows_M, self.added.items_M), self.added.values_M.float(), accumulate=True)
         return scores_PV
+
+    def scores_of(self, items_C: Tensor) -> Tensor:
+        """scores_PC of some items, each once, in float32."""
+        scores_PC = self.hidden_PD.float() @ self.weights_VD[items_C].float().T
+        if self.added is not None:
+            column_V = items_C.new_full((len(self.weights_VD),), -1)
+            column_V[items_C] = torch.arange(len(items_C), device=items_C.device)
+            column_M = column_V[self.added.items_M]
+            wanted = column_M >= 0
+            places = (self.added.rows_M[wanted], column_M[wanted])
+            scores_PC.index_put_(places, self.added.values_M[wanted].float(), accumulate=True)
+        return scores_PC
+
+    def row(self, row: int) -> "Prediction":
+        """The prediction after one of the asked events."""
+        if self.added is None:
+            return Prediction(self.hidden_PD[row : row + 1], self.weights_VD)
+        start, stop = torch.searchsorted(self.added.rows_M, self.added.rows_M.new_tensor([row, row + 1])).tolist()
+        rows_M, items_M, values_M = (
+            part[start:stop] for part in (self.added.rows_M, self.added.items_M, self.added.values_M)
+        )
+        return Prediction(
+            self.hidden_PD[row : row + 1], self.weights_VD, HistoryScores(rows_M - row, items_M, values_M)
+        )
 
 
 def predict(model: SequentialModel, batch: Batch, weights_VD: Tensor | None = None) -> Prediction:

@@ -1,0 +1,99 @@
+"""Retrieval: the best items after each history, out of the whole catalogue or of given candidates.
+
+Shapes: B queries, V items + padding, C candidates, P pairs (query, item_index).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from seqray.models.protocol import Prediction
+from seqray.ranking import NEVER, mask_scores, top_k
+
+SCORES_AT_A_TIME = 2**25
+"""Scores held at a time (128 MiB in float32)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one query may be answered with."""
+
+    k: int
+    excluded: Sequence[int]
+    """item_index of each item that may not be returned; may hold one twice."""
+    allowed_V: Tensor | None = None
+    """bool; None: every item."""
+    candidates: tuple[int, ...] | None = None
+    """Only these, each once; None: every item."""
+
+    def among(self, candidates: Iterable[int]) -> "Limits":
+        """The same limits for given candidates alone."""
+        return replace(self, candidates=tuple(dict.fromkeys(candidates)))
+
+
+Ranked = tuple[list[int], list[float]]
+"""item_index and score of the items of one answer, best first, equal scores by lower item_index."""
+
+
+class Retrieval(Protocol):
+    """Finds the best items of the catalogue."""
+
+    def best(self, prediction: Prediction, limits: Sequence[Limits]) -> list[Ranked]:
+        """The k best of each query (row of the prediction), fewer where fewer are allowed."""
+        ...
+
+    @property
+    def queries_at_a_time(self) -> int:
+        """Queries that should be put at a time at the most, so that their scores fit in memory."""
+        ...
+
+
+class ExactRetrieval:
+    """Scores every item."""
+
+    def __init__(self, num_rows: int) -> None:
+        """num_rows: items + padding."""
+        self._num_rows = num_rows
+
+    @property
+    def queries_at_a_time(self) -> int:
+        """As many as have SCORES_AT_A_TIME scores."""
+        return max(1, SCORES_AT_A_TIME // self._num_rows)
+
+    def best(self, prediction: Prediction, limits: Sequence[Limits]) -> list[Ranked]:
+        """See Retrieval."""
+        return best_of_scores(prediction.scores(), limits)
+
+
+def best_of_scores(scores_BV: Tensor, limits: Sequence[Limits]) -> list[Ranked]:
+    """The k best of each row, by scores that are written over."""
+    query_P = torch.tensor([row for row, one in enumerate(limits) for _ in one.excluded], dtype=torch.int64)
+    item_P = torch.tensor([item for one in limits for item in one.excluded], dtype=torch.int64)
+    mask_scores(scores_BV, query_P.to(scores_BV.device), item_P.to(scores_BV.device))
+    for row, one in enumerate(limits):
+        if one.allowed_V is not None:
+            scores_BV[row].masked_fill_(~one.allowed_V, NEVER)
+    index_BK, values_BK = top_k(scores_BV, max(one.k for one in limits))
+    rows = zip(limits, index_BK.tolist(), values_BK.tolist(), strict=True)
+    return [_without_never(index[: one.k], values[: one.k]) for one, index, values in rows]
+
+
+def best_of_candidates(prediction: Prediction, limits: Limits) -> Ranked:
+    """The k best of the candidates for the one query of the prediction."""
+    excluded = set(limits.excluded)
+    candidates = sorted(item for item in limits.candidates or () if item not in excluded)
+    items_C = torch.tensor(candidates, dtype=torch.int64, device=prediction.hidden_PD.device)
+    if limits.allowed_V is not None:
+        items_C = items_C[limits.allowed_V[items_C]]
+    values_C, order_C = prediction.scores_of(items_C)[0].sort(descending=True, stable=True)
+    return items_C[order_C[: limits.k]].tolist(), values_C[: limits.k].tolist()
+
+
+def _without_never(index: list[int], values: list[float]) -> Ranked:
+    if values and values[-1] == NEVER:
+        left = values.index(NEVER)
+        return index[:left], values[:left]
+    return index, values
