@@ -3,7 +3,7 @@
 import {idText} from "./api.js";
 
 const SHOWN_FIELDS = 3;
-const SHOWN_EFFECTS = 4;
+const SHOWN_EFFECTS = 3;
 
 export function element(tag, {text, classes, data, on, ...attributes} = {}, children = []) {
   const made = document.createElement(tag);

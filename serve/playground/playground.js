@@ -126,6 +126,7 @@ async function recommend() {
     body = request();
   } catch (error) {
     tell("filter", `Not JSON: ${error.message}`);
+    $("options-box").open = true;
     return;
   }
   try {
@@ -150,6 +151,7 @@ function refused(error) {
   }
   for (const [field, texts] of Object.entries(told)) tell(field, texts.join("\n"));
   const placed = Object.values(told).flat().length;
+  if (placed > told.history.length) $("options-box").open = true;
   if (placed === 0) complain(error);
   else $("banner").hidden = true;
   $("status").textContent = placed ? "refused, see the marked field" : "";
@@ -269,6 +271,7 @@ function listen() {
   });
 }
 
+$("options-box").open = matchMedia("(min-width: 760px)").matches;
 listen();
 showHistory();
 search();
