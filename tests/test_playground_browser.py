@@ -128,6 +128,7 @@ def test_a_title_is_never_markup(page: Any) -> None:
     add(page, HOSTILE)
     add(page, "Título 3")
     page.get_by_label(f"Items similar to {recommended(page)[0]}").click()
+    page.locator("#similar-items > li").nth(9).wait_for()
     assert history(page)[0] == HOSTILE
     assert page.locator("main img, dialog img").count() == 0
     assert page.evaluate("window.hacked") is None
@@ -143,14 +144,53 @@ def test_the_options_are_sent_and_mistakes_stand_beside_their_field(page: Any) -
     page.select_option("#exclude-seen", "false")
     page.locator("#recommended > li").nth(28).wait_for()
     assert "Título 5" in recommended(page)
+
+
+def test_a_filter_filters_and_its_mistakes_are_told_where_they_are(page: Any) -> None:
+    add(page, "Título 5")
     page.fill("#filter", '{"field": ')
     page.get_by_text("Not JSON").wait_for()
+    page.fill("#filter", '{"all": [{"field": "price", "lte": 3}, {"field": "colour", "eq": "red"}]}')
+    page.get_by_text("/filter/all/1/field: no such field of the items; fields: ").wait_for()
+    page.fill("#filter", '{"field": "price", "lte": 3}')
+    page.locator("#filter-error").wait_for(state="hidden")
+    assert sorted(recommended(page)) == [HOSTILE, "Título 2", "Título 3"]
+    page.fill("#filter", '{"field": "price", "lte": 0}')
+    page.get_by_text("No item is left").wait_for()
+    page.get_by_text("filter: no item that may be returned meets it").wait_for()
+
+
+def test_the_explanation_follows_the_history(page: Any) -> None:
+    add(page, "Título 5")
+    recommended(page)
+    assert set(page.locator(".because").all_text_contents()) == {"Título 5 the only event"}
+    add(page, "Título 9")
+    add(page, HOSTILE)
+    recommended(page)
+    chips = page.locator(".chip").all_text_contents()
+    assert {chip.rpartition(" +")[0] for chip in chips} == {"Título 5", "Título 9", HOSTILE}
+    page.locator(".ranked").first.hover()
+    lit = page.locator("#history > li").evaluate_all("rows => rows.map((row) => row.style.getPropertyValue('--lit'))")
+    assert max(map(float, lit)) == 1
+
+
+def test_similar_items_can_be_added(page: Any) -> None:
+    page.get_by_label("Items similar to Título 2").click()
+    assert page.locator("#similar-title").text_content() == "Similar to Título 2"
+    titles = page.locator("#similar-items .title")
+    titles.nth(9).wait_for()
+    first = titles.first.text_content()
+    assert "Título 2" not in titles.all_text_contents()
+    page.locator("#similar-items").get_by_label(f"Add {first} to the history").click()
+    page.keyboard.press("Escape")
+    assert history(page) == [first]
+    assert page.locator("#similar").is_hidden()
 
 
 def test_the_keyboard_is_enough(page: Any) -> None:
     page.keyboard.press("/")
     page.keyboard.type("TITULO 1")
-    page.wait_for_function("document.querySelector('#found').textContent.endsWith('found')")
+    page.wait_for_function("() => document.querySelector('#found').textContent.endsWith('found')")
     with page.expect_response("**/v1/recommend"):
         page.keyboard.press("Enter")
     page.keyboard.press("ArrowDown")

@@ -51,19 +51,24 @@ export function moved(rank, before) {
   return element("span", {classes: up ? "moved up" : "moved down", text: `${up ? "▲" : "▼"}${Math.abs(before - rank)}`, title});
 }
 
-// The events of the history that moved the score most, as chips whose strength is the effect's share of the largest.
+// How much of the largest effect each event of an explanation has: 0 to 1 by its place in the history. The effect of an
+// only event is null: there is nothing to compare with.
+export function strengths(explanation) {
+  const largest = Math.max(...explanation.map((one) => one.effect ?? 0));
+  return new Map(explanation.map((one) => [one.position, one.effect === null ? 1 : one.effect / largest]));
+}
+
+// The events of the history that drove an item, as chips.
 export function because(explanation, history) {
-  const shown = explanation.filter((one) => one.effect !== 0).slice(0, SHOWN_EFFECTS);
-  const largest = Math.max(...shown.map((one) => Math.abs(one.effect)));
-  const chips = shown.map((one) => {
-    const event = history[one.position] ?? {item_id: one.item_id};
-    const sign = one.effect > 0 ? "+" : "−";
-    const chip = element("li", {classes: one.effect > 0 ? "chip" : "chip against"}, [
-      element("span", {classes: "chip-title", text: titleOf(event)}),
-      element("span", {classes: "number", text: ` ${sign}${score(Math.abs(one.effect))}`}),
+  const strength = strengths(explanation);
+  const chips = explanation.slice(0, SHOWN_EFFECTS).map((one) => {
+    const effect = one.effect === null ? "the only event" : `+${score(one.effect)}`;
+    const title = one.effect === null ? "" : `Without it the score would be ${score(one.effect)} lower`;
+    const chip = element("li", {classes: "chip", title}, [
+      element("span", {classes: "chip-title", text: titleOf(history[one.position] ?? one)}),
+      element("span", {classes: "number", text: ` ${effect}`}),
     ]);
-    chip.style.setProperty("--strength", Math.abs(one.effect) / largest);
-    chip.title = `Without it the score would be ${score(Math.abs(one.effect))} ${one.effect > 0 ? "lower" : "higher"}`;
+    chip.style.setProperty("--strength", strength.get(one.position));
     return chip;
   });
   return element("ul", {classes: "because", "aria-label": "because of"}, chips);

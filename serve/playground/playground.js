@@ -1,7 +1,7 @@
 // The playground: a history built by hand, and what the model recommends after it.
 
 import {ask, idText, Refusal, useKey} from "./api.js";
-import {because, element, icon, moved, named, score, tell, titleOf} from "./parts.js";
+import {because, element, icon, moved, named, score, strengths, tell, titleOf} from "./parts.js";
 
 const TYPING_MS = 150;
 const $ = (id) => document.getElementById(id);
@@ -200,11 +200,8 @@ function ranked(item, share, asked) {
 
 // Shades the events of the history by their effect on the item looked at.
 function light(explanation) {
-  const largest = Math.max(...explanation.map((one) => one.effect), 0);
-  for (const row of $("history").children) {
-    const one = explanation.find(({position}) => position === Number(row.dataset.position));
-    row.style.setProperty("--lit", one && largest > 0 ? Math.max(0, one.effect / largest) : 0);
-  }
+  const strength = strengths(explanation);
+  for (const row of $("history").children) row.style.setProperty("--lit", strength.get(Number(row.dataset.position)) ?? 0);
 }
 
 // Similar items
