@@ -44,17 +44,26 @@ def run_command(
         else:
             parser.add_argument(flag.name, action="store_true", help=flag.help)
     arguments = parser.parse_intermixed_args(argv)
-    _find_modules_here()
-    end_in_order_on_sigterm()
-    # Threads that wait must not spin: on shared cores they would take the time that the working ones need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
+
+    def run() -> None:
         config = load_config(arguments.config, tuple(arguments.overrides))
         if arguments.dry_run:
             print(config.yaml(), end="")
         else:
             _check_writable(getattr(arguments, "json", None))
             body(config, arguments)
+
+    return run_safely(run)
+
+
+def run_safely(body: Callable[[], None]) -> int:
+    """Calls what a command does; prints what a user got wrong without a traceback. The exit status (2: wrong input)."""
+    _find_modules_here()
+    end_in_order_on_sigterm()
+    # Threads that wait must not spin: on shared cores they would take the time that the working ones need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        body()
     except SeqrayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from seqray.errors import DataError
+from seqray.exclusive import create_file, create_object
 from seqray.locations import is_uri, join, local_path
 from seqray.storage import open_filesystem
 
@@ -81,6 +82,24 @@ class Folder:
                 stream.write(text.encode("utf-8"))
             if temporary != target:
                 os.replace(temporary, target)
+
+    def create_text(self, name: str, text: str) -> bool:
+        """Writes a file that is not there yet, whole; false, and nothing changed, where there is one.
+
+        Of several writers of a name one gets true. `text` has to be unique to the writer; see `seqray.exclusive`.
+        """
+        content = text.encode("utf-8")
+        with self._errors(name, "created"):
+            if self.is_local:
+                return create_file(self.path / name, content)
+            return create_object(join(self.location, name), content, getattr(self._opened[0], "region", None))
+
+    def num_bytes(self) -> int:
+        """The size of all its files, those of its folders too; 0 when it is not there."""
+        filesystem, path = self._opened
+        with self._errors("", "listed"):
+            infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+            return sum(int(info.size) for info in infos if info.type == pafs.FileType.File)
 
     def names(self) -> list[str]:
         """What lies directly in it, sorted; nothing when it is not there."""

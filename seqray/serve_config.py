@@ -12,7 +12,19 @@ class ServeConfig(Section):
     """The endpoint."""
 
     bundle: str | None = None
-    """Bundle to deploy."""
+    """Bundle to deploy; with a registry, the first one where it has none yet."""
+    registry: str | None = None
+    """Folder of the versions that `python -m serve promote` and `rollback` change under running replicas."""
+    registry_poll_s: float = Field(1.0, gt=0)
+    """Seconds between a replica's looks for a change of the registry."""
+    canary_share: float = Field(0.0, ge=0, le=1)
+    """Share of the users, by a hash of user_id or else session_id, that the challenger answers."""
+    shadow: bool = False
+    """Ask the challenger too what the champion answered; compared, counted and logged, never returned."""
+    max_bundle_mb: float = Field(4096, gt=0)
+    """Size of a bundle's files, in millions of bytes, above which it is refused."""
+    max_items: int = Field(20_000_000, ge=1)
+    """Items of a bundle above which it is refused."""
     host: str = "127.0.0.1"
     """Address to listen on; loopback unless told otherwise."""
     port: int = Field(8000, ge=1, le=65535)
@@ -65,4 +77,12 @@ class ServeConfig(Section):
     def _replicas_fit(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+    @model_validator(mode="after")
+    def _challenger_is_registered(self) -> Self:
+        if self.registry is None and (self.canary_share or self.shadow):
+            raise ValueError(
+                "canary_share and shadow are about the challenger of a registry; name it by serve.registry"
+            )
         return self

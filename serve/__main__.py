@@ -1,4 +1,7 @@
-"""python -m serve CONFIG serve.bundle=PATH: serves until it is told to stop."""
+"""python -m serve CONFIG serve.bundle=PATH: serves until it is told to stop.
+
+python -m serve promote | rollback | versions: changes and shows the registry whose models it serves.
+"""
 
 import argparse
 import json
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING
 from seqray.command import Flag, run_command
 from seqray.config import Config
 from seqray.errors import ConfigError
+from serve.registry_commands import COMMANDS
 
 if TYPE_CHECKING:
     from serve.deploy import Deployment
@@ -21,6 +25,8 @@ NO_WAIT = Flag("--no-wait", "end when the application is ready; it stays up in t
 
 def main() -> int:
     """The command; the exit status."""
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        return COMMANDS[sys.argv[1]](sys.argv[2:])
     return run_command("serve", "Serve a bundle over HTTP with Ray Serve.", _serve, [NO_WAIT])
 
 
@@ -56,7 +62,8 @@ def _announce(config: Config, deployment: "Deployment") -> None:
     titles = '"metadata"' if len(bundle.items.column_names) > 2 else ""
     if titles:
         body["include"] = ["score", "metadata"]
-    print(f"serving {bundle.version} ({bundle.num_items:,} items) at {deployment.url}")
+    named = bundle.version if config.serve.registry is None else f"version {deployment.version}, run {bundle.version}"
+    print(f"serving {named} ({bundle.num_items:,} items) at {deployment.url}")
     print(f"  ready: {deployment.url}/healthz/ready")
     print(
         f"  ask:   curl -s {deployment.url}/v1/recommend -H 'Content-Type: application/json' "

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from serve import health, page, recommending, searching
+from serve import health, models, page, recommending, searching
 from serve.bodies import answer_headers
 from serve.openapi import openapi_document
 from serve.problems import Problem
@@ -22,6 +22,7 @@ ENDPOINTS: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/rank", recommending.rank),
     ("POST", "/v1/explain", recommending.explain),
     ("GET", "/v1/items", searching.items),
+    ("GET", "/v1/models", models.models),
     ("GET", "/healthz/live", health.live),
     ("GET", "/v2/health/live", health.live),
     ("GET", "/healthz/ready", health.ready),

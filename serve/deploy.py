@@ -30,6 +30,8 @@ class Deployment:
     url: str
     application: str
     bundle: "Bundle"
+    version: str
+    """As the answers name it: its number in the registry, or without one the run that made it."""
     is_local: bool
 
 
@@ -43,23 +45,16 @@ def start(config: Config) -> Deployment:
 
     A local cluster lives as long as this process. ConfigError or BundleError when something does not fit.
     """
-    from seqray.bundle import Bundle
-    from seqray.cache import Cache
-    from seqray.folder import Folder
-
-    if config.serve.bundle is None:
-        raise ConfigError("serve.bundle: name the bundle to deploy, such as serve.bundle=.seqray/bundles/shop/RUN")
-    trusted = config.component_types
-    bundle = Bundle.load(str(Folder.at(config.serve.bundle)), trusted, Cache.of(config.cluster))
+    bundle, version = _verified_bundle(config)
     is_local = connect(config)
     try:
         end_in_order_on_sigterm()  # also while the replicas start
         check_resources(config)
-        url = _run(config, bundle, trusted)
+        url = _run(config, bundle)
     except BaseException:
         stop_cluster(is_local)
         raise
-    return Deployment(url, config.name, bundle, is_local)
+    return Deployment(url, config.name, bundle, version, is_local)
 
 
 def stop(deployment: Deployment) -> None:
@@ -83,18 +78,37 @@ def stop_cluster(is_local: bool) -> None:
             ray.shutdown()
 
 
-def _run(config: Config, bundle: "Bundle", trusted: tuple[str, ...]) -> str:
+def _verified_bundle(config: Config) -> tuple["Bundle", str]:
+    from seqray.folder import Folder
+    from serve.admission import Admission
+    from serve.promote import first_bundle
+
+    if config.serve.registry is not None:
+        bundle, number = first_bundle(config)
+        return bundle, str(number)
+    if config.serve.bundle is None:
+        raise ConfigError(
+            "serve.bundle: name the bundle to deploy, such as serve.bundle=.seqray/bundles/shop/RUN, or a registry "
+            "by serve.registry"
+        )
+    bundle = Admission.of(config).load(str(Folder.at(config.serve.bundle)))
+    return bundle, bundle.version
+
+
+def _run(config: Config, bundle: "Bundle") -> str:
     import ray.serve
     from ray.serve.exceptions import RayServeException
 
     from seqray.cache import Cache
+    from seqray.folder import Folder
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve = config.serve
     ray.serve.start(http_options={"host": serve.host, "port": serve.port}, logging_config={"enable_access_log": False})
     cache = Cache.of(config.cluster)  # each node has its own copy of a bundle behind a URI
-    settings = serve.model_dump(mode="json")
-    application = _deployment(config).bind(bundle.location, trusted, config.name, settings, cache)
+    registry = None if serve.registry is None else str(Folder.at(serve.registry))  # replicas run in other folders
+    settings = {**serve.model_dump(mode="json"), "registry": registry}
+    application = _deployment(config).bind(bundle.location, config.component_types, config.name, settings, cache)
     try:
         ray.serve.run(application, name=config.name, route_prefix="/")
     except RayServeException as error:
@@ -133,13 +147,18 @@ def _deployment(config: Config) -> Any:
     )(ray.serve.ingress()(Replica))
 
 
+def url_of(host: str, port: int) -> str:
+    """Where to ask what listens on host:port."""
+    host = WILDCARDS.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def _url() -> str:
     # A cluster that served before keeps its address, whatever is asked now; no public function tells it.
     from ray.serve.context import _get_global_client
 
     options = _get_global_client().http_config
-    host = WILDCARDS.get(options.host, options.host)
-    return f"http://[{host}]:{options.port}" if ":" in host else f"http://{host}:{options.port}"
+    return url_of(options.host, options.port)
 
 
 def _status_message(name: str) -> str:

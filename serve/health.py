@@ -1,5 +1,7 @@
 """GET /healthz/live and /healthz/ready."""
 
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,4 +17,9 @@ async def live(_service: Service, request: Request) -> Response:
 async def ready(service: Service, request: Request) -> Response:
     """200 when the model was verified and has ranked a request."""
     model = service.champion
-    return answer({"status": "ready", "model": model.about}, answer_headers(request, model.version))
+    body: dict[str, Any] = {"status": "ready", "model": model.about}
+    if service.registry is not None:
+        challenger = service.models.challenger
+        body["challenger"] = challenger.about if challenger is not None else None
+        body["failed"] = sorted(map(str, service.registry.failed))
+    return answer(body, answer_headers(request, model.version))

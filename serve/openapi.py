@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from seqray import __version__
 from seqray.item_filter import OPERATIONS
 from serve.answers import BatchResponse, RecommendResponse
+from serve.models import ModelsResponse
 from serve.problems import MEDIA_TYPE
 from serve.requests import BatchRequest, ExplainRequest, RankRequest, RecommendRequest, SimilarItemsRequest
 from serve.searching import ItemsQuery, ItemsResponse
@@ -79,8 +80,10 @@ _OPERATIONS: tuple[tuple[str, str, type[BaseModel], type[BaseModel]], ...] = (
 def openapi_document(name: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the application `name`."""
     schemas: dict[str, Any] = {"Problem": _PROBLEM, "Filter": _FILTER}
-    models = [model for _, _, request, response in _OPERATIONS for model in (request, response)]
-    for model in (*models, ItemsResponse):
+    models: list[type[BaseModel]] = [ItemsResponse, ModelsResponse]
+    for _, _, request, response in _OPERATIONS:
+        models += [request, response]
+    for model in models:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
@@ -93,10 +96,19 @@ def openapi_document(name: str) -> dict[str, Any]:
         "paths": {
             **{path: {"post": _post(path, *about)} for path, *about in _OPERATIONS},  # type: ignore[arg-type]
             "/v1/items": {"get": _get_items()},
+            "/v1/models": {"get": _get_models()},
             "/healthz/live": {"get": _health("live", "The process answers.")},
             "/healthz/ready": {"get": _health("ready", "The model was verified and has ranked a request.")},
         },
         "components": {"schemas": schemas},
+    }
+
+
+def _get_models() -> dict[str, Any]:
+    return {
+        "summary": "Which models answer, their metrics, and what the registry wants",
+        "operationId": "models",
+        "responses": {"200": {"description": "The models.", "content": _json("ModelsResponse")}},
     }
 
 

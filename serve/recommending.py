@@ -22,7 +22,7 @@ from serve.requests import (
     read_context,
 )
 from serve.served_model import ServedModel
-from serve.service import Service
+from serve.service import Models, Service
 
 
 async def recommend(service: Service, request: Request) -> Response:
@@ -44,7 +44,8 @@ async def batch(service: Service, request: Request) -> Response:
     """Several contexts, a result or a problem for each."""
     began = time.monotonic()
     asked = parse(BatchRequest, await read_json(request)).requests
-    entries = (_entry(service, data, ("requests", place), began) for place, data in enumerate(asked))
+    models = service.models  # for all of them, so that a new model does not come in between
+    entries = (_entry(service, models, data, ("requests", place), began) for place, data in enumerate(asked))
     return answer({"results": await asyncio.gather(*entries)}, answer_headers(request))
 
 
@@ -61,15 +62,15 @@ async def similar_items(service: Service, request: Request) -> Response:
 async def _one_context(service: Service, request: Request, kind: type[Context]) -> Response:
     began = time.monotonic()
     read = read_context(kind, await read_json(request))
-    model = service.model_for(read.context.who)
+    model = service.models.for_user(read.context.who)
     body = await _context_body(service, model, read, began)
     return answer(body, answer_headers(request, model.version))
 
 
-async def _entry(service: Service, data: Any, path: Path, began: float) -> dict[str, Any]:
+async def _entry(service: Service, models: Models, data: Any, path: Path, began: float) -> dict[str, Any]:
     try:
         read = read_context(RecommendRequest, data, path)
-        model = service.model_for(read.context.who)
+        model = models.for_user(read.context.who)
         return {"result": await _context_body(service, model, read, began, path)}
     except Problem as problem:
         return {"problem": problem.as_json()}
@@ -81,7 +82,10 @@ async def _context_body(
     context = read.context
     found = await _in_time(service, model, context.asked(model.recommender, path), context.deadline_ms, began)
     warnings = read.warnings + _no_item(found, getattr(context, "filter", None))
-    return recommendation(model, found, context.include, warnings, read.dropped)
+    body = recommendation(model, found, context.include, warnings, read.dropped)
+    if isinstance(context, RecommendRequest):
+        service.compare(model, context.asked, found, body["recommendation_id"])
+    return body
 
 
 async def _in_time(

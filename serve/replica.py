@@ -6,13 +6,14 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from seqray.bundle import Bundle
 from seqray.cache import Cache
-from seqray.recommender import Recommender
 from seqray.serve_config import ServeConfig
+from serve.admission import Admission
 from serve.application import build_application
-from serve.served_model import ServedModel
-from serve.service import Service
+from serve.follower import Follower, ModelLoader
+from serve.registry import Registry
+from serve.service import Models, Service
+from serve.shadow import Shadow
 
 
 class Replica:
@@ -26,13 +27,24 @@ class Replica:
         settings: Mapping[str, Any],
         cache: Cache | None = None,
     ) -> None:
-        """settings: `serve` of the config as plain data."""
+        """bundle: path or URI of the one to serve; not looked at where there is a registry.
+
+        settings: `serve` of the config as plain data.
+        """
         serve = ServeConfig.model_validate(settings)
+        admission = Admission(trusted, serve.max_bundle_mb, serve.max_items, cache)
         threads = math.ceil(serve.cpus_per_replica)
-        recommender = Recommender(Bundle.load(bundle, trusted, cache), serve.device, threads)
-        champion = ServedModel(recommender, name, "champion", serve.max_batch_size)
-        self.service = Service(name, champion, serve.deadline_ms)
-        self.service.warm_up()
+        loader = ModelLoader(name, serve.device, threads, serve.max_batch_size, admission)
+        follower = None
+        if serve.registry is None:
+            models = Models(loader.load(bundle))
+        else:
+            follower = Follower(Registry.at(serve.registry), loader, serve.registry_poll_s, serve.canary_share)
+            models = follower.first_models()
+        self.service = Service(name, models.champion, serve.deadline_ms, Shadow() if serve.shadow else None)
+        self.service.put(models)
+        if follower is not None:
+            follower.start(self.service)
         self._shows_playground = serve.shows_playground
 
     def __serve_build_asgi_app__(self) -> FastAPI:

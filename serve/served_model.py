@@ -1,5 +1,6 @@
 """ServedModel: one version of the model, ready to rank behind its batcher."""
 
+import copy
 import math
 from typing import Literal
 
@@ -14,9 +15,17 @@ Variant = Literal["champion", "challenger"]
 class ServedModel:
     """A recommender, and what an answer says of it."""
 
-    def __init__(self, recommender: Recommender, name: str, variant: Variant, max_batch_size: int) -> None:
+    def __init__(
+        self,
+        recommender: Recommender,
+        name: str,
+        variant: Variant,
+        max_batch_size: int,
+        version: str | None = None,
+    ) -> None:
+        """version: its number in the registry; without one the run that made the bundle names it."""
         self.recommender = recommender
-        self.version = recommender.bundle.version
+        self.version = version or recommender.bundle.version
         self.about = {"name": name, "version": self.version, "variant": variant}
         """`model` of an answer."""
         self.search = ItemSearch(recommender.bundle.items)
@@ -37,6 +46,12 @@ class ServedModel:
         items = answers[0].items
         if not items or not all(item.source == "model" and math.isfinite(item.score) for item in items):
             raise BundleError(f"{self.recommender.bundle.folder}: the model did not rank the warm-up request: {items}")
+
+    def as_variant(self, variant: Variant) -> "ServedModel":
+        """The same model behind the same batcher under another alias."""
+        other = copy.copy(self)
+        other.about = {**self.about, "variant": variant}
+        return other
 
     def close(self) -> None:
         """Ends the batcher's thread after the batch that runs."""
