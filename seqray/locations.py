@@ -25,3 +25,10 @@ def join(location: str, name: str) -> str:
     """The path or URI of `name` in the folder at `location`; the options of a URI (`?endpoint_override=...`) stay."""
     place, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
     return place.rstrip("/") + ("/" if name else "") + name + mark + options
+
+
+def split(location: str) -> tuple[str, str]:
+    """The folder and the name of a file at a path or URI, so that `join` makes the location of them again."""
+    place, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
+    folder, slash, name = place.rpartition("/")
+    return (folder or slash or ".") + mark + options, name

@@ -8,6 +8,28 @@ from pydantic import Field, model_validator
 from seqray.sections import Section
 
 
+class KeysConfig(Section):
+    """Keys of those who ask, made by `python -m serve keys add`."""
+
+    required: Literal["auto", "always", "never"] = "auto"
+    """auto: unless the endpoint listens on loopback only."""
+    file: str | None = None
+    """Key file, local (then on a disk that all replicas see) or a URI; `keys/NAME.json` in `output` when null."""
+    reload_s: float = Field(5.0, gt=0, le=3600)
+    """Seconds between a replica's looks at the file, so the time until a revoked key is refused everywhere."""
+    rate_per_s: float | None = Field(None, gt=0)
+    """Requests a second that each replica answers to one key; one more is answered 429. null: no limit."""
+    burst: int = Field(100, ge=1)
+    """Requests that a key may send at once on top of that, after a pause."""
+
+
+class LogConfig(Section):
+    """The request log: JSON lines in the standard output of the replicas."""
+
+    sample: float = Field(0.01, ge=0, le=1)
+    """Share of the requests that are logged; errors always are, up to 50 a second."""
+
+
 class ServeConfig(Section):
     """The endpoint."""
 
@@ -59,14 +81,15 @@ class ServeConfig(Section):
     """Seconds in that Retry-After."""
     high_throughput: bool = True
     """Ray Serve's HAProxy ingress and throughput profile."""
+    body_timeout_s: float = Field(10.0, gt=0, le=3600)
+    """Seconds that the head and the body of a request may take to arrive; then it is answered 408."""
+    keys: KeysConfig = KeysConfig()
+    log: LogConfig = LogConfig()
 
     @property
     def on_loopback(self) -> bool:
         """Whether this machine alone can reach the endpoint."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def shows_playground(self) -> bool:
@@ -86,3 +109,11 @@ class ServeConfig(Section):
                 "canary_share and shadow are about the challenger of a registry; name it by serve.registry"
             )
         return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

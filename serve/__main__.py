@@ -1,6 +1,7 @@
 """python -m serve CONFIG serve.bundle=PATH: serves until it is told to stop.
 
 python -m serve promote | rollback | versions: changes and shows the registry whose models it serves.
+python -m serve keys: makes, shows and takes away the keys that it asks for.
 """
 
 import argparse
@@ -27,6 +28,10 @@ def main() -> int:
     """The command; the exit status."""
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
         return COMMANDS[sys.argv[1]](sys.argv[2:])
+    if sys.argv[1:2] == ["keys"]:
+        from serve.keys_command import keys_command
+
+        return keys_command(sys.argv[2:])
     return run_command("serve", "Serve a bundle over HTTP with Ray Serve.", _serve, [NO_WAIT])
 
 
@@ -65,14 +70,17 @@ def _announce(config: Config, deployment: "Deployment") -> None:
     named = bundle.version if config.serve.registry is None else f"version {deployment.version}, run {bundle.version}"
     print(f"serving {named} ({bundle.num_items:,} items) at {deployment.url}")
     print(f"  ready: {deployment.url}/healthz/ready")
+    key = '-H "Authorization: Bearer $SEQRAY_KEY" ' if deployment.asks_keys else ""
     print(
-        f"  ask:   curl -s {deployment.url}/v1/recommend -H 'Content-Type: application/json' "
+        f"  ask:   curl -s {deployment.url}/v1/recommend -H 'Content-Type: application/json' {key}"
         f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     )
     if config.serve.shows_playground:
         print(f"  try:   {deployment.url}/ in a browser")
-    if not config.serve.on_loopback:
-        print(f"  note:  whoever reaches {config.serve.host} may ask; there are no keys", file=sys.stderr)
+    if deployment.asks_keys:
+        print("  keys:  SEQRAY_KEY is to hold one of `python -m serve keys add`; for TLS see docs/serving.md")
+    elif not config.serve.on_loopback:
+        print(f"  note:  whoever reaches {config.serve.host} may ask: serve.keys.required is never", file=sys.stderr)
 
 
 if __name__ == "__main__":

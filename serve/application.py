@@ -7,8 +7,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from serve import health, models, page, recommending, searching
+from seqray.serve_config import ServeConfig
+from serve import health, metrics_page, models, page, recommending, searching
 from serve.bodies import answer_headers
+from serve.entrance import Entrance
+from serve.guard import Guard
+from serve.journal import Journal
 from serve.openapi import openapi_document
 from serve.problems import Problem
 from serve.service import Service
@@ -27,6 +31,7 @@ ENDPOINTS: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/v2/health/live", health.live),
     ("GET", "/healthz/ready", health.ready),
     ("GET", "/v2/health/ready", health.ready),
+    ("GET", "/metrics", metrics_page.metrics),
 )
 PLAYGROUND: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/", page.index),
@@ -34,8 +39,12 @@ PLAYGROUND: tuple[tuple[str, str, Handler], ...] = (
 )
 
 
-def build_application(service: Service, playground: bool = False) -> FastAPI:
-    """The endpoints of `ENDPOINTS`, /openapi.json and /docs; with `playground` its page at /."""
+def build_application(service: Service, playground: bool = False, settings: ServeConfig | None = None) -> FastAPI:
+    """The endpoints of `ENDPOINTS`, /openapi.json and /docs; with `playground` its page at /.
+
+    All of it behind an Entrance, which without settings asks for no keys.
+    """
+    settings = settings or ServeConfig()
     application = FastAPI(
         title="seqray",
         version="1",
@@ -46,6 +55,13 @@ def build_application(service: Service, playground: bool = False) -> FastAPI:
     # Starlette's own routes: FastAPI would read and check the body itself, more slowly and with other errors.
     for method, path, handler in ENDPOINTS + (PLAYGROUND if playground else ()):
         application.router.add_route(path, _endpoint(service, handler), methods=[method])
+    application.add_middleware(
+        Entrance,
+        measures=service.measures,
+        guard=Guard.of(settings),
+        journal=Journal(settings.log.sample, service.measures.replica),
+        body_timeout_s=settings.body_timeout_s,
+    )
     return application
 
 

@@ -4,10 +4,20 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from time import perf_counter
+from typing import Generic, NamedTuple, TypeVar
+
+from serve.record import Record, current
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
+
+
+class _Waiting(NamedTuple, Generic[Request, Answer]):
+    request: Request
+    answer: "asyncio.Future[Answer]"
+    record: Record
+    since: float
 
 
 class Batcher(Generic[Request, Answer]):
@@ -19,7 +29,7 @@ class Batcher(Generic[Request, Answer]):
     def __init__(self, run: Callable[[Sequence[Request]], Sequence[Answer]], max_batch_size: int) -> None:
         self._run = run
         self._max_batch_size = max_batch_size
-        self._waiting: deque[tuple[Request, asyncio.Future[Answer]]] = deque()
+        self._waiting: deque[_Waiting[Request, Answer]] = deque()
         self._running = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batcher")
 
@@ -27,26 +37,38 @@ class Batcher(Generic[Request, Answer]):
         """The answer to `request`; the exception of its batch when that failed."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Answer] = loop.create_future()
-        self._waiting.append((request, answer))
+        record = current()
+        record.lap("parse")  # with what was made of the fields before they came here
+        self._waiting.append(_Waiting(request, answer, record, perf_counter()))
         if not self._running:
             self._start(loop)
-        return await answer
+        found = await answer
+        record.skip()
+        return found
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are in no batch yet."""
+        return len(self._waiting)
 
     def close(self) -> None:
         """Ends the thread after the batch that runs."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        batch: list[tuple[Request, asyncio.Future[Answer]]] = []
+        batch: list[_Waiting[Request, Answer]] = []
         while self._waiting and len(batch) < self._max_batch_size:
-            request, answer = self._waiting.popleft()
-            if not answer.cancelled():
-                batch.append((request, answer))
+            waiting = self._waiting.popleft()
+            if not waiting.answer.cancelled():
+                batch.append(waiting)
         self._running = bool(batch)
         if batch:
-            done = self._thread.submit(self._run_batch, [request for request, _ in batch])
-            answers = [answer for _, answer in batch]
-            done.add_done_callback(lambda result: loop.call_soon_threadsafe(self._finish, loop, answers, result))
+            started = perf_counter()
+            for waiting in batch:
+                waiting.record.longest("queue", started - waiting.since)
+            batch[0].record.batches.append(len(batch))
+            done = self._thread.submit(self._run_batch, [waiting.request for waiting in batch])
+            done.add_done_callback(lambda result: loop.call_soon_threadsafe(self._finish, loop, batch, started, result))
 
     def _run_batch(self, requests: list[Request]) -> Sequence[Answer]:
         answers = self._run(requests)
@@ -57,12 +79,14 @@ class Batcher(Generic[Request, Answer]):
     def _finish(
         self,
         loop: asyncio.AbstractEventLoop,
-        waiting: list["asyncio.Future[Answer]"],
+        batch: list[_Waiting[Request, Answer]],
+        started: float,
         result: "Future[Sequence[Answer]]",
     ) -> None:
         self._start(loop)  # first, so that the model works while the answers are sent
-        failure = result.exception()
-        for position, answer in enumerate(waiting):
+        failure, seconds = result.exception(), perf_counter() - started
+        for position, (_, answer, record, _) in enumerate(batch):
+            record.longest("rank", seconds)
             if answer.done():
                 continue  # the client left
             if failure is not None:

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve.depth import MAX_DEPTH, is_deeper
 from serve.fields import EVENT_TAG, ID_TAG, Strict
 from serve.problems import FieldError, Problem, pointer
+from serve.record import current
 from serve.request_id import fit_or_new
 
 MAX_BODY_BYTES = 2**20
@@ -24,17 +26,20 @@ Path = tuple[str | int, ...]
 async def read_json(request: Request) -> Any:
     """The JSON of the body; Problem 400, 413 or 415 when it is none, too large, or of another type."""
     _check_media_type(request)
-    return parse_json(await _read_body(request))
+    body = await _read_body(request)
+    current().lap("read")
+    return parse_json(body)
 
 
 def parse_json(body: bytes) -> Any:
     """What a body says; Problem 400 for all that is not JSON, NaN and a field given twice among it."""
+    if is_deeper(body):
+        text = f"nested more than {MAX_DEPTH} deep"
+        raise Problem(400, f"The body is {text}.", [FieldError("", text)])
     try:
         return json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise Problem(400, "The body is not UTF-8.", [FieldError("", f"byte {error.start} is not UTF-8")]) from error
-    except RecursionError as error:
-        raise Problem(400, "The body is nested too deeply.", [FieldError("", "nested too deeply")]) from error
     except ValueError as error:  # JSONDecodeError, our own two, and whole numbers of thousands of digits
         raise Problem(400, "The body is not JSON.", [FieldError("", str(error))]) from error
 
@@ -52,6 +57,7 @@ def parse(model: type[Model], data: Any, path: Path = ()) -> Model:
         errors += _field_errors(error, path)
     if errors:
         raise invalid(errors)
+    current().lap("parse")
     return parsed
 
 
@@ -64,6 +70,7 @@ def invalid(errors: Sequence[FieldError]) -> Problem:
 def answer(body: Mapping[str, Any], headers: Mapping[str, str], status: int = 200) -> Response:
     """A JSON answer. ASCII with escapes: no id or title can then fail to be encoded."""
     encoded = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
+    current().lap("encode")
     return Response(encoded, status, headers=dict(headers), media_type="application/json")
 
 
@@ -71,7 +78,7 @@ def answer_headers(request: Request, version: str | None = None) -> dict[str, st
     """What every answer carries: the id of the request, and the version of the model that it was put to."""
     headers = {"X-Request-Id": fit_or_new(request.headers.get("x-request-id", ""))}
     if version is not None:
-        headers["X-Model-Version"] = version
+        headers["X-Model-Version"] = current().version = version
     return headers
 
 

@@ -41,7 +41,8 @@ def _start_local(config: Config) -> None:
     import ray
 
     check_port_is_free(config.serve.host, config.serve.port)
-    set_environment(config.serve.high_throughput, config.serve.retry_after_s)
+    serve = config.serve
+    set_environment(serve.high_throughput, serve.retry_after_s, serve.body_timeout_s)
     cpus = max(os.cpu_count() or 1, math.ceil(config.serve.cpus_per_replica * config.serve.max_replicas) + 1)
     ray.init(
         address="local",

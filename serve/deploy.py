@@ -25,7 +25,7 @@ DEPLOYMENT = "recommender"
 
 @dataclass(frozen=True)
 class Deployment:
-    """A running application; `is_local` when its cluster ends with this process."""
+    """A running application; `is_local` when its cluster ends with this process, `asks_keys` when it asks for keys."""
 
     url: str
     application: str
@@ -33,6 +33,7 @@ class Deployment:
     version: str
     """As the answers name it: its number in the registry, or without one the run that made it."""
     is_local: bool
+    asks_keys: bool
 
 
 def deploy(config: Config) -> str:
@@ -45,7 +46,10 @@ def start(config: Config) -> Deployment:
 
     A local cluster lives as long as this process. ConfigError or BundleError when something does not fit.
     """
+    from serve import keys
+
     bundle, version = _verified_bundle(config)
+    keys.resolved(config, config.serve.host)
     is_local = connect(config)
     try:
         end_in_order_on_sigterm()  # also while the replicas start
@@ -54,7 +58,8 @@ def start(config: Config) -> Deployment:
     except BaseException:
         stop_cluster(is_local)
         raise
-    return Deployment(url, config.name, bundle, version, is_local)
+    asks_keys = keys.are_required(config.serve.keys.required, _http_options().host)
+    return Deployment(url, config.name, bundle, version, is_local, asks_keys)
 
 
 def stop(deployment: Deployment) -> None:
@@ -101,13 +106,15 @@ def _run(config: Config, bundle: "Bundle") -> str:
 
     from seqray.cache import Cache
     from seqray.folder import Folder
+    from serve import keys
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve = config.serve
     ray.serve.start(http_options={"host": serve.host, "port": serve.port}, logging_config={"enable_access_log": False})
     cache = Cache.of(config.cluster)  # each node has its own copy of a bundle behind a URI
     registry = None if serve.registry is None else str(Folder.at(serve.registry))  # replicas run in other folders
-    settings = {**serve.model_dump(mode="json"), "registry": registry}
+    keys_there = keys.resolved(config, _http_options().host)
+    settings = serve.model_copy(update={"registry": registry, "keys": keys_there}).model_dump(mode="json")
     application = _deployment(config).bind(bundle.location, config.component_types, config.name, settings, cache)
     try:
         ray.serve.run(application, name=config.name, route_prefix="/")
@@ -153,11 +160,15 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _url() -> str:
+def _http_options() -> Any:
     # A cluster that served before keeps its address, whatever is asked now; no public function tells it.
     from ray.serve.context import _get_global_client
 
-    options = _get_global_client().http_config
+    return _get_global_client().http_config
+
+
+def _url() -> str:
+    options = _http_options()
     return url_of(options.host, options.port)
 
 

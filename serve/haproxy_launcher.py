@@ -1,7 +1,8 @@
 """Started in the place of HAProxy: makes the configuration that Ray Serve wrote private, then becomes HAProxy.
 
-Ray Serve binds HAProxy's metrics and statistics to all interfaces and offers no setting for it, and answers 500 when
-no replica is up. Arguments: the real binary, the file of our 503 answer, then HAProxy's own arguments.
+Ray Serve binds HAProxy's metrics and statistics to all interfaces, answers 500 when no replica is up, and lets a client
+take an hour to send a request; it offers no settings for these. Arguments: the real binary, the folder of our answers
+(408.http, 503.http), the seconds that a request may take to arrive, then HAProxy's own arguments.
 Runs as a plain script, with the standard library alone.
 """
 
@@ -16,8 +17,11 @@ BIND = re.compile(r"(\s*bind\s+)\*?:(\d+)\s*")
 ERROR_FILE = re.compile(r"(\s*errorfile\s+50[234]\s+)\S+\s*")
 
 
-def make_private(text: str, error_file: str) -> str:
-    """The configuration with HAProxy's own pages on loopback and `error_file` as its answer to 502, 503 and 504."""
+def make_private(text: str, folder: str, request_timeout_s: str) -> str:
+    """The configuration with HAProxy's own pages on loopback, our answers in `folder`, and an end to slow requests.
+
+    HAProxy holds a request back until its body is there (or its first 16 KB), so slow ones take no place in a replica.
+    """
     lines = []
     section = ""
     for line in text.splitlines():
@@ -27,18 +31,22 @@ def make_private(text: str, error_file: str) -> str:
         if bind and section in INTERNAL_SECTIONS:
             lines.append(f"{bind[1]}127.0.0.1:{bind[2]}")
         elif error:
-            lines.append(f"{error[1]}{error_file}")
+            lines.append(f"{error[1]}{folder}/503.http")
         else:
             lines.append(line)
+        if line.strip() == "defaults":
+            lines += ["    option http-buffer-request", f"    timeout http-request {request_timeout_s}s"]
+            lines += [f"    errorfile 408 {folder}/408.http"]
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str]) -> None:
     """Rewrites the file after -f and replaces this process by HAProxy."""
-    binary, error_file, *rest = arguments
+    binary, folder, request_timeout_s, *rest = arguments
     path = Path(rest[rest.index("-f") + 1])
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(make_private(path.read_text(encoding="utf-8"), error_file), encoding="utf-8")
+    text = make_private(path.read_text(encoding="utf-8"), folder, request_timeout_s)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
     os.execv(binary, [binary, *rest])  # noqa: S606 - no shell on purpose; the arguments are Ray Serve's
 

@@ -5,12 +5,14 @@ set before a local cluster starts. What the user has set already stays.
 """
 
 import atexit
+import math
 import os
 import shlex
 import shutil
 import socket
 import sys
 import tempfile
+from http import HTTPStatus
 from pathlib import Path
 
 from serve import haproxy_launcher
@@ -19,8 +21,11 @@ from serve.problems import MEDIA_TYPE, Problem
 DRAINING_S = 2
 """Seconds a replica that is to stop still answers while HAProxy is told; Ray Serve's 30 is for load balancers."""
 
+CLIENT_IDLE_S = 60
+"""Seconds after which HAProxy lets go of a client that neither sends nor takes an answer; an hour with Ray Serve."""
 
-def set_environment(high_throughput: bool, retry_after_s: int) -> None:
+
+def set_environment(high_throughput: bool, retry_after_s: int, request_timeout_s: float) -> None:
     """Sets what is not set yet; files of HAProxy go to a folder of this user, removed at exit."""
     wanted = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -30,12 +35,12 @@ def set_environment(high_throughput: bool, retry_after_s: int) -> None:
     }
     if high_throughput:
         wanted |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-        wanted |= _private_haproxy(retry_after_s)
+        wanted |= _private_haproxy(retry_after_s, request_timeout_s)
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
 
-def _private_haproxy(retry_after_s: int) -> dict[str, str]:
+def _private_haproxy(retry_after_s: int, request_timeout_s: float) -> dict[str, str]:
     # Not the folder of TMPDIR: the path of a unix socket has 97 characters at the most, of which Ray needs 70.
     folder = Path(tempfile.mkdtemp(prefix="seqray-", dir="/tmp"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -44,6 +49,7 @@ def _private_haproxy(retry_after_s: int) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_IDLE_S),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -53,23 +59,38 @@ def _private_haproxy(retry_after_s: int) -> dict[str, str]:
     }
     binary = _haproxy_binary()
     if binary is not None:
-        environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_write_launcher(folder, binary, retry_after_s))
+        environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(
+            _write_launcher(folder, binary, retry_after_s, request_timeout_s)
+        )
     return environment
 
 
-def _write_launcher(folder: Path, binary: str, retry_after_s: int) -> Path:
-    error_file = folder / "503.http"
-    body = Problem(503, "No replica is up; try again later.").body()
-    head = (
-        f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n"
-        f"Retry-After: {retry_after_s}\r\nCache-Control: no-store\r\n\r\n"
-    )
-    error_file.write_bytes(head.encode("ascii") + body)
+def _write_launcher(folder: Path, binary: str, retry_after_s: int, request_timeout_s: float) -> Path:
+    write_answers(folder, retry_after_s, request_timeout_s)
     launcher = folder / "haproxy"
-    script = shlex.join([sys.executable, "-IS", haproxy_launcher.__file__, binary, str(error_file)])
+    # HAProxy takes whole seconds: 0 would be no limit.
+    seconds = str(math.ceil(request_timeout_s))
+    script = shlex.join([sys.executable, "-IS", haproxy_launcher.__file__, binary, str(folder), seconds])
     launcher.write_text(f'#!/bin/sh\nexec {script} "$@"\n', encoding="utf-8")
     launcher.chmod(0o700)
     return launcher
+
+
+def write_answers(folder: Path, retry_after_s: int, request_timeout_s: float) -> None:
+    """Writes what HAProxy answers itself to `folder`."""
+    for problem in (
+        Problem(408, f"The request did not arrive within {request_timeout_s:g} seconds."),
+        Problem(503, "No replica is up; try again later.", headers={"Retry-After": str(retry_after_s)}),
+    ):
+        (folder / f"{problem.status}.http").write_bytes(_raw_answer(problem))
+
+
+def _raw_answer(problem: Problem) -> bytes:
+    body = problem.body()
+    headers = {"Content-Type": MEDIA_TYPE, "Content-Length": len(body), "Cache-Control": "no-store", **problem.headers}
+    lines = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("ascii") + body
 
 
 def _haproxy_binary() -> str | None:

@@ -11,6 +11,8 @@ from seqray.serve_config import ServeConfig
 from serve.admission import Admission
 from serve.application import build_application
 from serve.follower import Follower, ModelLoader
+from serve.journal import log_to_stdout
+from serve.ray_measures import show_in_ray
 from serve.registry import Registry
 from serve.service import Models, Service
 from serve.shadow import Shadow
@@ -45,8 +47,10 @@ class Replica:
         self.service.put(models)
         if follower is not None:
             follower.start(self.service)
-        self._shows_playground = serve.shows_playground
+        self._settings = serve
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""
-        return build_application(self.service, self._shows_playground)
+        show_in_ray(self.service.measures)
+        log_to_stdout()
+        return build_application(self.service, self._settings.shows_playground, self._settings)

@@ -8,6 +8,7 @@ from seqray.errors import BundleError
 from seqray.recommender import Query, Recommendation, Recommender, SimilarQuery
 from serve.batcher import Batcher
 from serve.item_search import ItemSearch
+from serve.record import current
 
 Variant = Literal["champion", "challenger"]
 
@@ -34,7 +35,14 @@ class ServedModel:
 
     async def recommend(self, query: Query | SimilarQuery) -> Recommendation:
         """The answer, from the next batch."""
-        return await self._batcher.submit(query)
+        found = await self._batcher.submit(query)
+        current().answered(found.fallback_used, len(found.unknown_items))
+        return found
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their batch now."""
+        return self._batcher.num_waiting
 
     def warm_up(self) -> None:
         """Answers requests of several sizes and checks that one was ranked by the model, or BundleError."""

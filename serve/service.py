@@ -1,10 +1,11 @@
 """Service: what the endpoints of a replica share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from seqray.recommender import Query, Recommendation, Recommender
 from serve.canary import is_in_share
+from serve.measures import MODEL, WAITING, Labels, Measures
 from serve.problems import Problem
 from serve.served_model import ServedModel
 from serve.shadow import Shadow
@@ -18,6 +19,10 @@ class Models:
     challenger: ServedModel | None = None
     canary_share: float = 0.0
     """Of the users, those that the challenger answers."""
+
+    def both(self) -> tuple[ServedModel, ...]:
+        """The champion, and the challenger where there is one."""
+        return (self.champion,) if self.challenger is None else (self.champion, self.challenger)
 
     def for_user(self, user: str | None) -> ServedModel:
         """The model that answers a user (user or session id); who is nobody gets the champion."""
@@ -49,6 +54,9 @@ class Service:
         """deadline_ms: of a request that names none."""
         self.name = name
         self.deadline_ms = deadline_ms
+        self.measures = Measures()
+        self.measures.watch(MODEL, self._answering)
+        self.measures.watch(WAITING, self._waiting)
         self.ready = False
         self.registry: RegistryState | None = None
         self.shadow = shadow
@@ -87,3 +95,10 @@ class Service:
         challenger = self._models.challenger
         if self.shadow is not None and challenger is not None and asked.about["variant"] == "champion":
             self.shadow.offer(challenger, asked.version, ask, found, recommendation_id)
+
+    def _answering(self) -> Mapping[Labels, float]:
+        models = self._models.both()
+        return {(model.about["name"], model.version, model.about["variant"]): 1 for model in models}
+
+    def _waiting(self) -> Mapping[Labels, float]:
+        return {(model.about["variant"],): model.num_waiting for model in self._models.both()}

@@ -406,11 +406,13 @@ def test_a_failure_stays_in_its_batch_and_who_left_is_not_ranked() -> None:
 
 def test_haproxy_keeps_its_own_pages_on_loopback() -> None:
     text = "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind *:8000\nlisten stats\n  bind *:8404\n"
-    private = make_private("defaults\n    errorfile 503 /tmp/500.http\n" + text, "/x/503.http")
+    private = make_private("defaults\n    errorfile 503 /tmp/500.http\n" + text, "/x", "7")
     assert "bind 127.0.0.1:9101" in private
     assert "bind *:8000" in private
     assert "bind 127.0.0.1:8404" in private
     assert "errorfile 503 /x/503.http" in private
+    assert "errorfile 408 /x/408.http" in private
+    assert "timeout http-request 7s" in private
 
 
 # The real thing: `python -m serve` with a local cluster, HAProxy in front, asked over a socket.

@@ -1,0 +1,44 @@
+"""A server in a thread, and clients that speak to it over a bare socket, as slowly as they like."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: shop\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+
+
+@contextmanager
+def serving(application: object, port: int) -> Iterator[None]:
+    """Runs an ASGI application on a port of loopback, as a replica does: with uvicorn."""
+    server = uvicorn.Server(uvicorn.Config(application, port=port, log_level="critical", lifespan="off"))  # type: ignore[arg-type]
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def trickle(port: int, start: bytes, *, every_s: float = 0.1, limit_s: float = 10.0) -> tuple[bytes, float]:
+    """Sends `start`, then a letter now and then; all that is answered until the server hangs up, and after how long."""
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=every_s) as client:
+        client.sendall(start)
+        answer = b""
+        while time.monotonic() - began < limit_s:
+            try:
+                part = client.recv(65536)
+            except TimeoutError:
+                client.sendall(b"x")
+                continue
+            if not part:
+                break
+            answer += part
+    return answer, time.monotonic() - began
