@@ -39,8 +39,18 @@ def _timestamp(value: Any) -> float:
     raise PydanticCustomError("timestamp", "a timestamp is ISO 8601 text or seconds since 1970")
 
 
-_ID_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1, "maxLength": MAX_ID_LETTERS}, {"type": "integer"}]}
-_TIME_SCHEMA = {"anyOf": [{"type": "string", "format": "date-time"}, {"type": "number"}]}
+_ID_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": MAX_ID_LETTERS},
+        {"type": "integer", "minimum": 1 - 2**63, "maximum": 2**63 - 1},
+    ]
+}
+_TIME_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "format": "date-time"},
+        {"type": "number", "exclusiveMinimum": -1e15, "exclusiveMaximum": 1e15},
+    ]
+}
 ItemId = Annotated[str | int, PlainValidator(_item_id), WithJsonSchema(_ID_SCHEMA)]
 Timestamp = Annotated[float, PlainValidator(_timestamp), WithJsonSchema(_TIME_SCHEMA)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]

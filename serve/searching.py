@@ -3,6 +3,7 @@
 import asyncio
 from typing import Annotated, Any
 
+import pyarrow as pa
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -47,7 +48,7 @@ async def items(service: Service, request: Request) -> Response:
     model = service.champion
     rows, total = await asyncio.to_thread(model.search.rows, asked.query, asked.limit)
     bundle = model.recommender.bundle
-    ids = bundle.items.column("item_id").take(rows).to_pylist()
+    ids = bundle.items.column("item_id").take(pa.array(rows, pa.int64())).to_pylist()
     metadata = model.recommender.metadata(ids)
     found = [
         {"item_id": plain(item_id), "metadata": plain(about)} for item_id, about in zip(ids, metadata, strict=True)

@@ -93,6 +93,8 @@ def test_items_over_http(client: TestClient) -> None:
     popular = client.get("/v1/items").json()
     assert [item["item_id"] for item in popular["items"][:3]] == ["i2", "i1", "i3"]
     assert (len(popular["items"]), popular["total"]) == (20, NUM_ITEMS)
+    none = client.get("/v1/items", params={"query": "a\0\ufffd"}).json()
+    assert (none["items"], none["total"]) == ([], 0)
 
 
 @pytest.mark.parametrize(
