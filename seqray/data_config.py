@@ -18,7 +18,11 @@ class ColumnsConfig(Section):
     timestamp: str | None = "timestamp"
     """Column of the time (number, date or text); null when the rows of the log are in order already."""
     event: str | None = None
-    """Column of what happened, such as view, cart, purchase; needs data.event_types."""
+    """Column of what happened, such as view, cart, purchase; for data.event_types and data.keep_events."""
+    event_id: str | None = None
+    """Column with an id of the event itself: of the rows with one id the first counts. For logs that may hold an
+    event twice, as those of senders who try again do.
+    """
     basket: str | None = None
     """Column that ties the events of one purchase together, such as an invoice number."""
 
@@ -91,6 +95,8 @@ class DataConfig(Section):
     """Repeat both minimums until nothing changes, or apply each once (items, then users)."""
     event_types: tuple[str, ...] = Field((), max_length=127)
     """Values of columns.event that models with `event_type: true` tell apart; all others are one of their own."""
+    keep_events: tuple[str, ...] = ()
+    """Values of columns.event whose rows are read; all when not given. Impressions are no acts of the user, for one."""
     drop_items: tuple[str, ...] = ()
     """Ids that are no products, such as postage or fees; their events are left out."""
     repeats: Literal["keep", "once_per_basket", "drop"] = "keep"
@@ -114,8 +120,8 @@ class DataConfig(Section):
     def _fits(self) -> Self:
         if (self.tie_order == "column") != (self.tie_column is not None):
             raise ValueError("tie_column goes with tie_order: column, and only with it")
-        if bool(self.event_types) != (self.columns.event is not None):
-            raise ValueError("event_types goes with columns.event, and only with it")
+        if bool(self.event_types or self.keep_events) != (self.columns.event is not None):
+            raise ValueError("event_types and keep_events go with columns.event, which goes with one of them")
         if len(set(self.event_types)) != len(self.event_types):
             raise ValueError("event_types names a type twice")
         if self.split.type == "temporal" and self.columns.timestamp is None:

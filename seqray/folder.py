@@ -3,7 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from seqray.durable import write_and_sync
 from seqray.errors import DataError
 from seqray.exclusive import create_file, create_object
 from seqray.locations import is_uri, join, local_path
@@ -100,6 +101,22 @@ class Folder:
         with self._errors("", "listed"):
             infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
             return sum(int(info.size) for info in infos if info.type == pafs.FileType.File)
+
+    def write_durably(self, name: str, content: bytes) -> None:
+        """Puts the content in place; when this returns it outlives the process and, on a disk, the power."""
+        filesystem, path = self._opened
+        with self._errors(name, "written"):
+            if self.is_local:
+                write_and_sync(self.path, name, content)
+            else:
+                with filesystem.open_output_stream(f"{path}/{name}", compression=None) as stream:
+                    stream.write(content)
+
+    def delete(self, name: str) -> None:
+        """Deletes a file; one that is not there is no error."""
+        filesystem, path = self._opened
+        with self._errors(name, "deleted"), suppress(FileNotFoundError):
+            filesystem.delete_file(f"{path}/{name}")
 
     def names(self) -> list[str]:
         """What lies directly in it, sorted; nothing when it is not there."""

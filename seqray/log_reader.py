@@ -1,7 +1,8 @@
 """Reading the log: the user's columns checked, rows that cannot be used put aside with a reason."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,10 @@ class Log:
     rows_read: int
     bad_rows: Any
     """Arrow table: file, row (1 is the first after a header), reason, and the values as text."""
+    other_events: int = 0
+    """Rows that `data.keep_events` left out."""
+    repeated_events: int = 0
+    """Rows whose event id an earlier row had."""
 
     @property
     def quarantined(self) -> dict[str, int]:
@@ -48,15 +53,32 @@ class _Part:
     times: IntArray | None
     baskets: Any
     event_types: Any
+    event_ids: Any
     ties: Any
     rows: int
+    other_events: int
     bad_rows: Any
+
+    def filtered(self, keep: Any) -> "_Part":
+        """The rows of a mask."""
+
+        def some(column: Any) -> Any:
+            return None if column is None else column.filter(keep)
+
+        return replace(
+            self, users=some(self.users), items=some(self.items), baskets=some(self.baskets),
+            event_types=some(self.event_types), event_ids=some(self.event_ids), ties=some(self.ties),
+            times=None if self.times is None else self.times[np.asarray(keep)],
+        )  # fmt: skip
 
 
 def read_log(data: DataConfig) -> Log:
     """The log at `data.path`; DataError names the file and column that do not fit."""
     files = find_files(data.path, data.format)
     parts = [_read(file, data) for file in files]
+    usable = sum(len(part.users) for part in parts)
+    if data.columns.event_id:
+        parts = _without_repeated_events(parts)
     guess = files[0].format == "csv"
     user_ids, users = encode_ids([part.users for part in parts], guess)
     item_ids, items = encode_ids([part.items for part in parts], guess)
@@ -68,10 +90,12 @@ def read_log(data: DataConfig) -> Log:
         items_E=items,
         timestamps_E=np.concatenate(times) if times else np.arange(len(users)),
         baskets_E=_baskets([part.baskets for part in parts]) if data.columns.basket else None,
-        event_types_E=_event_types([part.event_types for part in parts], data) if data.columns.event else None,
+        event_types_E=_event_types([part.event_types for part in parts], data) if data.event_types else None,
     )
     tie = _ranks([part.ties for part in parts], files[0], str(data.tie_column)) if data.tie_column else None
-    return Log(events, tie, sum(part.rows for part in parts), pa.concat_tables(part.bad_rows for part in parts))
+    bad_rows = pa.concat_tables(part.bad_rows for part in parts)
+    rows, others = sum(part.rows for part in parts), sum(part.other_events for part in parts)
+    return Log(events, tie, rows, bad_rows, others, usable - len(events))
 
 
 def _read(file: TableFile, data: DataConfig) -> _Part:
@@ -79,7 +103,8 @@ def _read(file: TableFile, data: DataConfig) -> _Part:
     ours = {"user_id": columns.user_id, "item_id": columns.item_id}
     if columns.timestamp is not None:
         ours["timestamp"] = columns.timestamp
-    others = [name for name in (columns.basket, columns.event, data.tie_column) if name is not None]
+    more = (columns.basket, columns.event, columns.event_id, data.tie_column)
+    others = [name for name in more if name is not None]
     names = list(dict.fromkeys([*ours.values(), *others]))
     table = read_columns(file, names, as_text=names)
 
@@ -96,18 +121,42 @@ def _read(file: TableFile, data: DataConfig) -> _Part:
         raw = table.column(columns.timestamp)
         times, timed = time_column(raw, data.timestamp_unit, data.timestamp_format, where(columns.timestamp))
         bad |= {"null_timestamp": _null(raw), "bad_timestamp": ~timed}
-    good = ~np.logical_or.reduce(list(bad.values()))
-    keep = pa.array(good)
-    return _Part(
-        users.filter(keep),
-        items.filter(keep),
-        None if times is None else times[good],
-        ids(columns.basket).filter(keep) if columns.basket else None,
-        _text(table.column(columns.event).filter(keep)).dictionary_encode() if columns.event else None,
-        table.column(data.tie_column).filter(keep) if data.tie_column else None,
+    wanted = _kept_events(table.column(columns.event), data.keep_events) if columns.event else None
+    if wanted is not None:  # what is left out cannot be bad
+        bad = {reason: mask & wanted for reason, mask in bad.items()}
+    part = _Part(
+        users,
+        items,
+        times,
+        ids(columns.basket) if columns.basket else None,
+        _text(table.column(columns.event)).dictionary_encode() if data.event_types else None,
+        as_array(table.column(columns.event_id)) if columns.event_id else None,
+        table.column(data.tie_column) if data.tie_column else None,
         table.num_rows,
+        0 if wanted is None else int((~wanted).sum()),
         _bad_rows(file, table, ours, bad),
     )
+    good = ~np.logical_or.reduce(list(bad.values()))
+    return part.filtered(pa.array(good if wanted is None else good & wanted))
+
+
+def _kept_events(column: Any, kept: Sequence[str]) -> npt.NDArray[np.bool_] | None:
+    """Which rows `data.keep_events` keeps; None when it keeps all."""
+    if not kept:
+        return None
+    return np.asarray(pc.is_in(_text(column), pa.array(kept, pa.large_string())))
+
+
+def _without_repeated_events(parts: Sequence[_Part]) -> list[_Part]:
+    """The parts without rows whose event id an earlier row has; a row without an id stays."""
+    codes = pa.concat_arrays([part.event_ids.cast(pa.large_string()) for part in parts]).dictionary_encode().indices
+    first = np.zeros(len(codes), np.bool_)
+    first[np.unique(codes.fill_null(-1).to_numpy(), return_index=True)[1]] = True
+    first |= _null(codes)
+    bounds = np.cumsum([0, *(len(part.event_ids) for part in parts)])
+    return [
+        part.filtered(pa.array(first[start:stop])) for part, (start, stop) in zip(parts, pairwise(bounds), strict=True)
+    ]
 
 
 def _null(column: Any) -> npt.NDArray[np.bool_]:

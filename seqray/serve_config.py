@@ -30,6 +30,27 @@ class LogConfig(Section):
     """Share of the requests that are logged; errors always are, up to 50 a second."""
 
 
+class EventsConfig(Section):
+    """What `POST /v1/events` takes and where it goes."""
+
+    folder: str | None = None
+    """Folder or URI of the log of events; none are taken when null. On storage that all nodes share."""
+    commit_wait_ms: float = Field(5.0, ge=0, le=1000)
+    """Milliseconds that events wait for those of other requests, to be written in one file."""
+    commit_timeout_s: float = Field(10.0, gt=0)
+    """Seconds until a request whose events are not durable yet is answered 503."""
+    max_buffered_events: int = Field(10_000, ge=500)
+    """Events that a replica holds until they are durable; more are answered 503 with Retry-After."""
+    max_buffered_mib: float = Field(16.0, ge=4)
+    """The same for their size, in MiB."""
+    dedupe_window: int = Field(200_000, ge=1)
+    """A replica knows an event that comes again by the ids of at least so many events: the newest it wrote, and
+    those of today and yesterday that were there when it began.
+    """
+    max_age_days: float = Field(30.0, gt=0)
+    """Events older than that are refused, as are those more than a day ahead."""
+
+
 class ServeConfig(Section):
     """The endpoint."""
 
@@ -85,6 +106,7 @@ class ServeConfig(Section):
     """Seconds that the head and the body of a request may take to arrive; then it is answered 408."""
     keys: KeysConfig = KeysConfig()
     log: LogConfig = LogConfig()
+    events: EventsConfig = EventsConfig()
 
     @property
     def on_loopback(self) -> bool:

@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from seqray.serve_config import ServeConfig
-from serve import health, metrics_page, models, page, recommending, searching
+from serve import events, health, metrics_page, models, page, recommending, searching
 from serve.bodies import answer_headers
 from serve.entrance import Entrance
 from serve.guard import Guard
@@ -25,6 +25,7 @@ ENDPOINTS: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/similar-items", recommending.similar_items),
     ("POST", "/v1/rank", recommending.rank),
     ("POST", "/v1/explain", recommending.explain),
+    ("POST", "/v1/events", events.record),
     ("GET", "/v1/items", searching.items),
     ("GET", "/v1/models", models.models),
     ("GET", "/healthz/live", health.live),

@@ -115,6 +115,7 @@ def _run(config: Config, bundle: "Bundle") -> str:
     registry = None if serve.registry is None else str(Folder.at(serve.registry))  # replicas run in other folders
     keys_there = keys.resolved(config, _http_options().host)
     settings = serve.model_copy(update={"registry": registry, "keys": keys_there}).model_dump(mode="json")
+    settings["events"]["folder"] = _events_folder(serve.events.folder)
     application = _deployment(config).bind(bundle.location, config.component_types, config.name, settings, cache)
     try:
         ray.serve.run(application, name=config.name, route_prefix="/")
@@ -124,6 +125,16 @@ def _run(config: Config, bundle: "Bundle") -> str:
         reason = _last_words(_status_message(config.name) or str(error))
         raise BundleError(f"{bundle.location}: the replicas did not become ready: {reason}") from error
     return _url()
+
+
+def _events_folder(folder: str | None) -> str | None:
+    """The folder under a name that means the same to every replica; DataError when it cannot be reached."""
+    from seqray.folder import Folder
+
+    if folder is None:
+        return None
+    Folder.at(folder).names()
+    return Folder.at(folder).location
 
 
 def _deployment(config: Config) -> Any:

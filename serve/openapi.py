@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from seqray import __version__
 from seqray.item_filter import OPERATIONS
 from serve.answers import BatchResponse, RecommendResponse
+from serve.events import EventsRequest, EventsResponse
 from serve.models import ModelsResponse
 from serve.problems import MEDIA_TYPE
 from serve.requests import BatchRequest, ExplainRequest, RankRequest, RecommendRequest, SimilarItemsRequest
@@ -80,7 +81,7 @@ _OPERATIONS: tuple[tuple[str, str, type[BaseModel], type[BaseModel]], ...] = (
 def openapi_document(name: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the application `name`."""
     schemas: dict[str, Any] = {"Problem": _PROBLEM, "Filter": _FILTER}
-    models: list[type[BaseModel]] = [ItemsResponse, ModelsResponse]
+    models: list[type[BaseModel]] = [EventsRequest, EventsResponse, ItemsResponse, ModelsResponse]
     for _, _, request, response in _OPERATIONS:
         models += [request, response]
     for model in models:
@@ -95,6 +96,7 @@ def openapi_document(name: str) -> dict[str, Any]:
         "info": {"title": f"{name}: recommendations", "version": __version__},
         "paths": {
             **{path: {"post": _post(path, *about)} for path, *about in _OPERATIONS},  # type: ignore[arg-type]
+            "/v1/events": {"post": _post_events()},
             "/v1/items": {"get": _get_items()},
             "/v1/models": {"get": _get_models()},
             "/healthz/live": {"get": _health("live", "The process answers.")},
@@ -118,6 +120,17 @@ def _get_items() -> dict[str, Any]:
         "operationId": "items",
         "parameters": _query_parameters(ItemsQuery),
         "responses": {"200": {"description": "The items.", "content": _json("ItemsResponse")}, **_refusals()},
+    }
+
+
+def _post_events() -> dict[str, Any]:
+    refusals = {status: refusal for status, refusal in _refusals().items() if status != "504"}
+    refusals["404"] = {**refusals["400"], "description": "This server takes no events."}
+    return {
+        "summary": "Events in, durable when answered",
+        "operationId": "events",
+        "requestBody": {"required": True, "content": _json("EventsRequest")},
+        "responses": {"202": {"description": "All events are kept.", "content": _json("EventsResponse")}, **refusals},
     }
 
 

@@ -3,8 +3,9 @@
 from contextvars import ContextVar
 from time import perf_counter
 
-STAGES = ("read", "parse", "queue", "rank", "encode", "total")
-"""The body arrives; JSON to checked fields; waiting for a batch; the model works; answer to JSON; all of it."""
+STAGES = ("read", "parse", "queue", "rank", "store", "encode", "total")
+"""The body arrives; JSON to checked fields; waiting for a batch; the model works; events become durable; answer to JSON;
+all of it."""
 
 
 class Record:

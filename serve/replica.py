@@ -10,6 +10,7 @@ from seqray.cache import Cache
 from seqray.serve_config import ServeConfig
 from serve.admission import Admission
 from serve.application import build_application
+from serve.event_buffer import open_buffer
 from serve.follower import Follower, ModelLoader
 from serve.journal import log_to_stdout
 from serve.ray_measures import show_in_ray
@@ -44,6 +45,7 @@ class Replica:
             follower = Follower(Registry.at(serve.registry), loader, serve.registry_poll_s, serve.canary_share)
             models = follower.first_models()
         self.service = Service(name, models.champion, serve.deadline_ms, Shadow() if serve.shadow else None)
+        self.service.events = open_buffer(serve.events, serve.retry_after_s)
         self.service.put(models)
         if follower is not None:
             follower.start(self.service)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from seqray.recommender import Query, Recommendation, Recommender
 from serve.canary import is_in_share
+from serve.event_buffer import EventBuffer
 from serve.measures import MODEL, WAITING, Labels, Measures
 from serve.problems import Problem
 from serve.served_model import ServedModel
@@ -59,6 +60,8 @@ class Service:
         self.measures.watch(WAITING, self._waiting)
         self.ready = False
         self.registry: RegistryState | None = None
+        self.events: EventBuffer | None = None
+        """Where events go; None when they are not taken."""
         self.shadow = shadow
         self._models = Models(champion)
 

@@ -82,6 +82,8 @@ def test_every_format_gives_the_same_store(tmp_path: Path, name: str) -> None:
     assert store.manifest["counts"] == {
         "rows_read": 7,
         "quarantined": {},
+        "other_events": 0,
+        "repeated_events": 0,
         "dropped_items": 0,
         "dropped_repeats": 0,
         "dropped_by_filter": 0,
@@ -191,6 +193,34 @@ BAD = pa.table(
         "when": ["2024-01-01", "2024-01-01", "2024-01-01", None, "yesterday", "2024-01-01"],
     }
 )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_event_that_was_sent_twice_counts_once_and_others_not_at_all(tmp_path: Path, name: str) -> None:
+    kinds = ["view", "view", "buy", "impression", "view", "buy", None]
+    numbers = ["e1", "e2", "e3", "e3", "e1", "e5", "e7"]
+    log = LOG.append_column("what", pa.array(kinds)).append_column("number", pa.array(numbers))
+    write(tmp_path / "log" / f"1{name[3:]}", log)
+    write(tmp_path / "log" / f"2{name[3:]}", log.slice(2, 4))
+    columns = {**COLUMNS, "event": "what", "event_id": "number"}
+    once = prepare(config(tmp_path / "log", columns=columns, keep_events=["view", "buy", "impression"]))
+    assert histories(once) == {"a": [9, 10], "b": [10, 11]}
+    counts = once.manifest["counts"]
+    assert (counts["rows_read"], counts["other_events"], counts["repeated_events"]) == (11, 1, 6)
+    bought = prepare(config(tmp_path / "log", columns=columns, keep_events=["buy"], event_types=["buy"]))
+    assert histories(bought) == {"a": [10], "b": [11]}
+    assert bought.event_types.tolist() == [1, 1]
+
+
+def test_a_row_that_is_left_out_is_not_bad_and_one_without_an_event_id_is_no_repeat(tmp_path: Path) -> None:
+    what = pa.array(["view"] * 7 + [None, "view", "view", "view", "impression", "impression"])
+    both = pa.concat_tables([LOG.drop_columns("unused").cast(BAD.schema), BAD])
+    both = both.append_column("what", what).append_column("number", pa.nulls(13, pa.string()))
+    columns = {**COLUMNS, "event": "what", "event_id": "number"}
+    log = write(tmp_path / "log" / "log.parquet", both)
+    counts = prepare(config(log, columns=columns, keep_events=["view"], max_bad_share=0.5)).manifest["counts"]
+    assert counts["quarantined"] == {"null_user_id": 1, "null_item_id": 1, "null_timestamp": 1}
+    assert (counts["events"], counts["other_events"], counts["repeated_events"]) == (7, 3, 0)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from seqray.cache import Cache
 from seqray.config import Config
 from seqray.errors import BundleError, ConfigError, DataError
 from seqray.folder import Folder
+from serve.compact import compact
+from serve.event_log import EventLog, Receipt
+from serve.event_table import days, files_of, read
 from train.evaluate import evaluate_rows
 from train.fit import Trial, fit
 from train.prepare import ensure_store
@@ -83,6 +87,26 @@ def test_a_run_on_s3_goes_on_to_the_last_bit(bucket: Bucket, tmp_path: Path) -> 
     assert "goes on from checkpoint" in log
     assert log.count("run t1:") == 2
     assert same_weights(resumed, fit(shop_config(tmp_path)))
+
+
+def test_events_on_s3_are_there_once_and_compacted(bucket: Bucket) -> None:
+    def row(number: int) -> dict[str, object]:
+        moment = time.time_ns() // 1000
+        about = {"event_id": f"e{number}", "user_id": "u", "history_id": "u", "item_id": "i", "event": "view"}
+        return {**about, "timestamp": moment, "received": moment}
+
+    def stored() -> list[str]:
+        files = [file for day in days(folder) for file in files_of(folder / day)]
+        return [event_id for file in files for event_id in read(file).column("event_id").to_pylist()]
+
+    folder = Folder.at(bucket.uri("events"))
+    assert EventLog(folder, 100).append([[row(1), row(2)], [row(2)]]) == [Receipt(2, 0), Receipt(0, 1)]
+    assert EventLog(folder, 100).append([[row(2), row(3)]]) == [Receipt(1, 1)]
+    assert (len(bucket.keys("events")), sorted(stored())) == (2, ["e1", "e2", "e3"])
+    compact(folder, min_age_s=0)
+    assert (len(bucket.keys("events")), sorted(stored())) == (1, ["e1", "e2", "e3"])
+    with pytest.raises(DataError, match="NO_SUCH_BUCKET"):
+        EventLog(Folder.at(bucket.uri("events").replace("bucket", "no-bucket")), 100).append([[row(1)]])
 
 
 def test_a_newer_command_takes_a_run_over(bucket: Bucket) -> None:

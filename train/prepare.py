@@ -70,6 +70,8 @@ def prepare_store(config: Config) -> dict[str, Any]:
     counts = {
         "rows_read": log.rows_read,
         "quarantined": log.quarantined,
+        "other_events": log.other_events,
+        "repeated_events": log.repeated_events,
         "dropped_items": len(ordered) - len(products),
         "dropped_repeats": len(products) - len(distinct),
         "dropped_by_filter": len(distinct) - len(events),
@@ -143,6 +145,8 @@ def _print_summary(config: Config, manifest: dict[str, Any], seconds: float) -> 
     rows = {
         "rows read": counts["rows_read"],
         **{f"quarantined: {reason}": n for reason, n in counts["quarantined"].items()},
+        "other events": counts["other_events"],
+        "repeated events": counts["repeated_events"],
         "dropped items": counts["dropped_items"],
         "dropped repeats": counts["dropped_repeats"],
         "dropped by minimums": counts["dropped_by_filter"],
