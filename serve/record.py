@@ -4,8 +4,8 @@ from contextvars import ContextVar
 from time import perf_counter
 
 STAGES = ("read", "parse", "queue", "rank", "store", "encode", "total")
-"""The body arrives; JSON to checked fields; waiting for a batch; the model works; events become durable; answer to JSON;
-all of it."""
+"""The body arrives; JSON to checked fields; waiting for a batch; the model works; events become durable; answer to
+JSON; all of it."""
 
 
 class Record:
