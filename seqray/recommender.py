@@ -43,8 +43,13 @@ class _Asked:
 class Recommender:
     """Ranks the items of a bundle in float32; what can be done once is done here."""
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", num_threads: int | None = None) -> None:
-        """num_threads: of PyTorch in this whole process; unchanged when None."""
+    def __init__(
+        self, bundle: Bundle, device: str = "cpu", num_threads: int | None = None, *, build_kernels: bool = False
+    ) -> None:
+        """num_threads: of PyTorch in this whole process; unchanged when None.
+
+        build_kernels: compile the CPU kernels of `seqray.native` if this machine has not got them yet.
+        """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.bundle = bundle
@@ -57,7 +62,7 @@ class Recommender:
         with torch.inference_mode():
             self._weights_VD = self._model.item_weights().float().contiguous()
             self._inverse_norm_V = 1 / self._weights_VD.norm(dim=1).clamp_min(1e-12)
-        self._retrieval = ExactRetrieval(len(self._weights_VD))
+        self._retrieval = ExactRetrieval(self._weights_VD, build_kernels)
         self._masks = ItemMasks(bundle.items, self._device)
         self._popularity = Popularity(bundle.items.column("train_events").to_numpy())
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqray.models.protocol import Prediction
+from seqray.native.top_items import TopItems
 from seqray.ranking import NEVER, mask_scores, top_k
 
 SCORES_AT_A_TIME = 2**25
@@ -52,11 +53,12 @@ class Retrieval(Protocol):
 
 
 class ExactRetrieval:
-    """Scores every item."""
+    """Scores every item: by the kernel where it is at hand, else by one product over the catalogue."""
 
-    def __init__(self, num_rows: int) -> None:
-        """num_rows: items + padding."""
-        self._num_rows = num_rows
+    def __init__(self, weights_VD: Tensor, build_kernels: bool = False) -> None:
+        """weights_VD: float32. build_kernels: compile them if they are not there yet."""
+        self._num_rows = len(weights_VD)
+        self._top_items = TopItems.of(weights_VD, build_kernels)
 
     @property
     def queries_at_a_time(self) -> int:
@@ -65,7 +67,14 @@ class ExactRetrieval:
 
     def best(self, prediction: Prediction, limits: Sequence[Limits]) -> list[Ranked]:
         """See Retrieval."""
-        return best_of_scores(prediction.scores(), limits)
+        if self._top_items is None or prediction.added is not None:
+            return best_of_scores(prediction.scores(), limits)
+        index_BK, values_BK = self._top_items.best(
+            prediction.hidden_PD, [one.k for one in limits], [one.excluded for one in limits],
+            [one.allowed_V for one in limits],
+        )  # fmt: skip
+        rows = zip(index_BK.tolist(), values_BK.tolist(), strict=True)
+        return [_without_never(index, values) for index, values in rows]
 
 
 def best_of_scores(scores_BV: Tensor, limits: Sequence[Limits]) -> list[Ranked]:

@@ -264,6 +264,11 @@ class Batch:
         """asked_P, written out where it is every event."""
         return torch.arange(len(self.items_T), device=self.items_T.device) if self.asked_P is None else self.asked_P
 
+    @property
+    def asks_few(self) -> bool:
+        """Whether a prediction is wanted after less than half of the events, so that it pays to drop the others."""
+        return self.asked_P is not None and 2 * len(self.asked_P) < len(self.items_T)
+
     def asked(self, hidden_TD: Tensor) -> Tensor:
         """hidden_PD: the rows after which a prediction is wanted."""
         return hidden_TD if self.asked_P is None else hidden_TD.index_select(0, self.asked_P)

@@ -44,7 +44,7 @@ class ModelLoader:
         return self._warm(bundle, variant, str(number))
 
     def _warm(self, bundle: Bundle, variant: Variant, version: str | None) -> ServedModel:
-        recommender = Recommender(bundle, self.device, self.num_threads)
+        recommender = Recommender(bundle, self.device, self.num_threads, build_kernels=True)
         model = ServedModel(recommender, self.name, variant, self.max_batch_size, version)
         model.warm_up()
         return model

@@ -41,10 +41,12 @@ class LiGRBlock(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.attention_dropout = Dropout(config.attention_rate)
 
-    def forward(self, hidden_TD: Tensor, stream: Stream) -> Tensor:
-        """One block over packed events."""
+    def forward(self, hidden_TD: Tensor, stream: Stream, asked_P: Tensor | None = None) -> Tensor:
+        """One block over packed events; (P, D) of some of them alone when `asked_P` names these."""
         qkv_TD3 = linear(hidden_TD, self.qkv, norm=self.attention_norm)
         mixed_TD = stream.attend(qkv_TD3, self.num_heads, self.attention_dropout)
+        if asked_P is not None:
+            mixed_TD, hidden_TD = mixed_TD[asked_P], hidden_TD[asked_P]
         gate_TD = torch.sigmoid(linear(hidden_TD, self.attention_gate))
         hidden_TD = hidden_TD + linear(mixed_TD, self.out, dropout=self.dropout) * gate_TD
         switch = F.silu(linear(hidden_TD, self.switch, norm=self.feedforward_norm))

@@ -49,9 +49,12 @@ class SASRec(nn.Module):
         hidden_TD = self.events(self.items(batch.items_T) * self._scale, batch)
         position_T = stream.age_T if self._from_newest else stream.order_T
         hidden_TD = self.dropout(hidden_TD + self.position_embedding(position_T))
-        for block in self.blocks:
+        *before, last = self.blocks
+        for block in before:
             hidden_TD = block(hidden_TD, stream)
-        return self.items.question(self.norm(batch.asked(hidden_TD)))
+        if batch.asks_few:
+            return self.items.question(self.norm(last(hidden_TD, stream, batch.asked_P)))
+        return self.items.question(self.norm(batch.asked(last(hidden_TD, stream))))
 
 
 class Block(nn.Module):
@@ -67,10 +70,12 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.attention_dropout = Dropout(config.attention_rate)
 
-    def forward(self, hidden_TD: Tensor, stream: Stream) -> Tensor:
-        """One block over packed events."""
+    def forward(self, hidden_TD: Tensor, stream: Stream, asked_P: Tensor | None = None) -> Tensor:
+        """One block over packed events; (P, D) of some of them alone when `asked_P` names these."""
         qkv_TD3 = linear(hidden_TD, self.qkv, norm=self.attention_norm)
         mixed_TD = stream.attend(qkv_TD3, self.num_heads, self.attention_dropout)
+        if asked_P is not None:
+            mixed_TD, hidden_TD = mixed_TD[asked_P], hidden_TD[asked_P]
         hidden_TD = linear(mixed_TD, self.out, residual_TO=hidden_TD, dropout=self.dropout)
         inner = linear(hidden_TD, self.expand, norm=self.feedforward_norm)
         return linear(inner, self.contract, gelu=True, residual_TO=hidden_TD, dropout=self.dropout)
