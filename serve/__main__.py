@@ -77,6 +77,7 @@ def _announce(config: Config, deployment: "Deployment") -> None:
     )
     if config.serve.shows_playground:
         print(f"  try:   {deployment.url}/ in a browser")
+    print(f"  metrics: {', '.join(deployment.metrics_urls)} (of Ray, with those of all replicas)")
     if deployment.asks_keys:
         print("  keys:  SEQRAY_KEY is to hold one of `python -m serve keys add`; for TLS see docs/serving.md")
     elif not config.serve.on_loopback:

@@ -34,6 +34,8 @@ class Deployment:
     """As the answers name it: its number in the registry, or without one the run that made it."""
     is_local: bool
     asks_keys: bool
+    metrics_urls: tuple[str, ...]
+    """Where Ray exports the metrics of each node."""
 
 
 def deploy(config: Config) -> str:
@@ -59,7 +61,7 @@ def start(config: Config) -> Deployment:
         stop_cluster(is_local)
         raise
     asks_keys = keys.are_required(config.serve.keys.required, _http_options().host)
-    return Deployment(url, config.name, bundle, version, is_local, asks_keys)
+    return Deployment(url, config.name, bundle, version, is_local, asks_keys, _metrics_urls())
 
 
 def stop(deployment: Deployment) -> None:
@@ -181,6 +183,13 @@ def _http_options() -> Any:
 def _url() -> str:
     options = _http_options()
     return url_of(options.host, options.port)
+
+
+def _metrics_urls() -> tuple[str, ...]:
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"]]
+    return tuple(f"{url_of(node['NodeManagerAddress'], node['MetricsExportPort'])}/metrics" for node in nodes)
 
 
 def _status_message(name: str) -> str:

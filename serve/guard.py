@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from seqray.errors import DataError
+from seqray.errors import ConfigError, DataError
 from seqray.serve_config import ServeConfig
 from serve.access import Access
 from serve.keys import Key, KeyFile, Scope, are_required, digest
@@ -51,8 +51,10 @@ class Guard:
     def of(cls, serve: ServeConfig) -> "Guard | None":
         """One that watches the key file of these settings; None where they ask for no keys."""
         keys = serve.keys
-        if keys.file is None or not are_required(keys.required, serve.host):
+        if not are_required(keys.required, serve.host):
             return None
+        if keys.file is None:
+            raise ConfigError("serve.keys.file: keys are asked for, but no file of them is named")
         guard = cls(KeyFile(keys.file), keys.rate_per_s, keys.burst)
         guard.watch(keys.reload_s)
         return guard

@@ -61,7 +61,8 @@ class Journal:
 
 def log_to_stdout() -> None:
     """Lets the journal write to the standard output of this process, which Ray keeps in the logs of its session."""
-    handler = logging.StreamHandler(sys.stdout)
+    # sys.stdout of a replica writes to a log of Ray Serve, each line behind a prefix and a thousand lines late.
+    handler = logging.StreamHandler(sys.__stdout__)
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -22,6 +23,7 @@ import psutil
 import pyarrow as pa
 import pytest
 from conftest import NUM_ITEMS, ROOT, save_tiny, tiny_items
+from raw_http import HEAD, trickle
 from starlette.testclient import TestClient
 
 from seqray.bundle import Bundle
@@ -32,6 +34,7 @@ from serve.application import build_application
 from serve.batcher import Batcher
 from serve.bodies import MAX_BODY_BYTES
 from serve.haproxy_launcher import make_private
+from serve.keys import KeyFile
 from serve.middleware import ProblemMiddleware
 from serve.replica import Replica
 from serve.served_model import ServedModel
@@ -429,8 +432,8 @@ def serve_command(folder: Path, port: int, bundle: Bundle, *settings: str) -> li
 class Server:
     """A running `python -m serve`."""
 
-    def __init__(self, command: list[str], folder: Path, port: int) -> None:
-        self.port, self.lines = port, []
+    def __init__(self, command: list[str], folder: Path, port: int, key: str = "") -> None:
+        self.folder, self.port, self.key, self.lines = folder, port, key, []
         environment = {**os.environ, "RAY_TMPDIR": str(folder)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
@@ -445,7 +448,7 @@ class Server:
         """(status, headers, JSON) of one request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         content = body if isinstance(body, bytes) else json.dumps(body)
-        connection.request(method, path, content, {**JSON, **(headers or {})})
+        connection.request(method, path, content, {**JSON, "Authorization": f"Bearer {self.key}", **(headers or {})})
         response = connection.getresponse()
         text = response.read()
         connection.close()
@@ -464,9 +467,11 @@ def server(tiny_bundle: Bundle, module_port: int) -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))  # short: Ray's sockets are below it
     command = serve_command(
         folder, module_port, tiny_bundle, "serve.max_ongoing_requests=1", "serve.max_queued_requests=1",
-        "serve.retry_after_s=3", "serve.max_replicas=1",
+        "serve.retry_after_s=3", "serve.max_replicas=1", "serve.keys.required=always",
+        f"serve.keys.file={folder}/keys.json", "serve.keys.reload_s=0.2", "serve.body_timeout_s=1",
+        "serve.log.sample=1",
     )  # fmt: skip
-    server = Server(command, folder, module_port)
+    server = Server(command, folder, module_port, KeyFile(f"{folder}/keys.json").add("shop"))
     try:
         yield server
     finally:
@@ -490,6 +495,7 @@ def test_the_curl_example_works_as_printed(server: Server) -> None:
     [line] = [line for line in server.lines if "curl" in line]
     words = shlex.split(line.partition("curl")[2])
     assert words[1] == f"http://127.0.0.1:{server.port}/v1/recommend"
+    assert "Authorization: Bearer $SEQRAY_KEY" in words
     status, _, body = server.ask(words[words.index("-d") + 1].encode())
     assert status == 200
     assert body["unknown_items"] == []
@@ -538,6 +544,62 @@ def test_too_many_requests_are_told_when_to_come_back(server: Server) -> None:
     assert headers["retry-after"] == "3"
     assert headers["content-type"] == "application/problem+json"
     assert body["code"] == "UNAVAILABLE"
+
+
+def test_a_key_is_asked_for_until_it_is_revoked(server: Server) -> None:
+    file = KeyFile(str(server.folder / "keys.json"))
+    guest = {"Authorization": f"Bearer {file.add('guest')}"}
+    assert server.ask({}, headers={"Authorization": "Bearer x"})[0] == 401
+    assert until(lambda: server.ask({}, headers=guest)[0] == 200)
+    file.revoke("guest")
+    assert until(lambda: server.ask({}, headers=guest)[0] == 401)
+    assert server.ask({})[0] == 200
+    assert server.ask(b"", "GET", "/metrics")[0] == 403
+
+
+def test_a_request_that_trickles_in_is_ended(server: Server) -> None:
+    for start in (HEAD, HEAD + b"\r\n{"):
+        answer, seconds = trickle(server.port, start)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert seconds < 8
+
+
+def test_the_measures_are_in_the_export_of_ray(server: Server) -> None:
+    [line] = [line for line in server.lines if "metrics:" in line]
+    url = line.split()[1]
+
+    def page() -> str:
+        return urllib.request.urlopen(url, timeout=30).read().decode()
+
+    wanted = {
+        "ray_seqray_requests_total", "ray_seqray_stage_seconds_bucket_total", "ray_seqray_stage_seconds_sum_total",
+        "ray_seqray_stage_seconds_count_total", "ray_seqray_batch_size_bucket_total", "ray_seqray_model",
+        "ray_seqray_keys_refused_total", "ray_seqray_recommendations_total", "ray_seqray_waiting_requests",
+    }  # fmt: skip
+    assert until(lambda: wanted <= set(re.findall(r"^ray_seqray_\w+", page(), re.MULTILINE)))
+    assert re.search(r'ray_seqray_requests_total{[^}]*application="tiny"[^}]*endpoint="recommend"[^}]*} [1-9]', page())
+
+
+def test_the_request_log_is_among_the_logs_of_ray(server: Server) -> None:
+    server.ask({"user_id": "u-private"}, headers={"X-Request-Id": "find-me"})
+    logs = server.folder / "ray" / "session_latest" / "logs"
+
+    def lines() -> list[dict]:
+        texts = [line for path in logs.glob("worker-*.out") for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in texts if '"request_id":"find-me"' in line]
+
+    assert until(lambda: len(lines()) == 1)
+    assert (lines()[0]["status"], lines()[0]["key"], lines()[0]["model_version"]) == (200, "shop", "tiny-1")
+
+
+def until(holds: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether `holds` comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_a_taken_port_is_told_before_anything_starts(server: Server, tiny_bundle: Bundle, tmp_path: Path) -> None:
