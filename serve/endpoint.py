@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -70,7 +71,7 @@ def _ask(url: str, path: str) -> dict[str, Any] | None:
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port or (443 if secure else 80), timeout=5)
     try:
-        connection.request("GET", parts.path.rstrip("/") + path)
+        connection.request("GET", parts.path.rstrip("/") + path, headers=_key())
         response = connection.getresponse()
         body = json.loads(response.read())
         return body if response.status == 200 and isinstance(body, dict) else None
@@ -78,3 +79,8 @@ def _ask(url: str, path: str) -> dict[str, Any] | None:
         return None
     finally:
         connection.close()
+
+
+def _key() -> dict[str, str]:
+    key = os.environ.get("SEQRAY_KEY")  # /healthz/ready needs none, /v1/models may
+    return {"Authorization": f"Bearer {key}"} if key else {}

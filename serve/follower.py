@@ -4,7 +4,6 @@ A thread looks for the next change, loads what it wants beside the weights that 
 only then puts it in their place. Whatever fails there leaves the old models answering.
 """
 
-import logging
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -13,11 +12,10 @@ from seqray.bundle import Bundle
 from seqray.errors import BundleError, DataError, SeqrayError
 from seqray.recommender import Recommender
 from serve.admission import Admission
+from serve.journal import MODELS_LOGGER, event_line
 from serve.registry import Registry
 from serve.served_model import ServedModel, Variant
 from serve.service import Models, RegistryState, Service
-
-logger = logging.getLogger("seqray.serve")
 
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 600.0
 """Waits before a version is tried again that could not be fetched or found no memory, doubled each time."""
@@ -90,7 +88,7 @@ class Follower:
             change = self._registry.latest(self._change)
         except (DataError, OSError) as error:
             if service.registry is not None and service.registry.trouble is None:
-                logger.warning("the registry cannot be read, the models stay: %s", error)
+                MODELS_LOGGER.warning(event_line("registry cannot be read", {"error": str(error)}))
             service.registry = replace(self._state(), trouble=str(error))
             return
         if change != self._change:
@@ -119,8 +117,8 @@ class Follower:
             challenger = self._found(before, change.challenger, "challenger")
             service.put(Models(champion, challenger, self._canary_share))
         service.registry = self._state()
-        names = (champion.version, challenger.version if challenger is not None else "none")
-        logger.info("change %s: champion %s, challenger %s", change.number, *names)
+        names = {"champion": champion.version, "challenger": challenger.version if challenger is not None else None}
+        MODELS_LOGGER.info(event_line("models", {"change": change.number, **names}))
 
     def _found(self, now: Models, number: int, variant: Variant) -> ServedModel | None:
         """A version: the one that answers already, perhaps under the other alias, or it is loaded; None: it failed."""
@@ -134,7 +132,8 @@ class Follower:
             model = self._loader.load_version(self._registry, number, variant)
         except Exception as error:  # noqa: BLE001 - a model may be of foreign code; whatever it does, the old one answers
             self._failed[number] = _reason(error)
-            logger.error("version %s does not become %s: %s", number, variant, error)
+            told = {"version": str(number), "variant": variant, "error": f"{type(error).__name__}: {error}"}
+            MODELS_LOGGER.error(event_line("version failed", told))
             if isinstance(error, BundleError):
                 self._refused.add(number)
             else:  # storage, or memory, may be better later

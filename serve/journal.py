@@ -8,6 +8,7 @@ import logging
 import random
 import sys
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from serve.record import Record
@@ -15,6 +16,8 @@ from serve.record import Record
 ERRORS_PER_S = 50
 """Lines of errors a second; a flood of refusals must not fill a disk. How many were left out is told."""
 LOGGER = logging.getLogger("seqray.requests")
+MODELS_LOGGER = logging.getLogger("seqray.models")
+"""Of changes of the models, of versions that fail, and of the shadow's comparisons."""
 
 
 class Journal:
@@ -59,11 +62,18 @@ class Journal:
         return line
 
 
+def event_line(event: str, fields: Mapping[str, object]) -> str:
+    """A line about something that is no request, such as a change of the models."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+    return json.dumps(line, separators=(",", ":"))
+
+
 def log_to_stdout() -> None:
-    """Lets the journal write to the standard output of this process, which Ray keeps in the logs of its session."""
+    """Lets the loggers write to the standard output of this process, which Ray keeps in the logs of its session."""
     # sys.stdout of a replica writes to a log of Ray Serve, each line behind a prefix and a thousand lines late.
     handler = logging.StreamHandler(sys.__stdout__)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    LOGGER.addHandler(handler)
-    LOGGER.setLevel(logging.INFO)
-    LOGGER.propagate = False
+    for logger in (LOGGER, MODELS_LOGGER):
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

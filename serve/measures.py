@@ -47,7 +47,10 @@ HISTOGRAMS = (STAGE_SECONDS, BATCH_SIZE)
 
 WAITING = Family("seqray_waiting_requests", "Requests that wait for the model now.", ("variant",))
 MODEL = Family("seqray_model", "1 for each model that answers.", ("model", "version", "variant"))
-GAUGES = (WAITING, MODEL)
+FAILED = Family("seqray_failed_versions", "Versions that the registry wants and that did not become ready.")
+SHADOW = Family("seqray_shadow_comparisons", "Answers compared with the challenger's, by outcome.", ("outcome",))
+SHADOW_OVERLAP = Family("seqray_shadow_overlap", "Mean share of items in both answers of a comparison.")
+GAUGES = (WAITING, MODEL, FAILED, SHADOW, SHADOW_OVERLAP)
 
 
 class Buckets:

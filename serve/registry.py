@@ -177,6 +177,8 @@ class Registry:
         number = 1
         for known in self.versions():
             if known.manifest_sha256 == sha256:
+                if (self.folder / "bundles" / known.bundle).read_text(MANIFEST_FILE) is None:  # deleted to free space
+                    self._copy(bundle.folder, known.bundle)
                 return known
             number = known.number + 1
         self._copy(bundle.folder, name)

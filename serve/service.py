@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from seqray.recommender import Query, Recommendation, Recommender
 from serve.canary import is_in_share
 from serve.event_buffer import EventBuffer
-from serve.measures import MODEL, WAITING, Labels, Measures
+from serve.measures import FAILED, MODEL, SHADOW, SHADOW_OVERLAP, WAITING, Labels, Measures
 from serve.problems import Problem
 from serve.served_model import ServedModel
 from serve.shadow import Shadow
@@ -58,6 +58,10 @@ class Service:
         self.measures = Measures()
         self.measures.watch(MODEL, self._answering)
         self.measures.watch(WAITING, self._waiting)
+        self.measures.watch(FAILED, self._failed)
+        if shadow is not None:
+            self.measures.watch(SHADOW, shadow.outcomes)
+            self.measures.watch(SHADOW_OVERLAP, shadow.mean_overlap)
         self.ready = False
         self.registry: RegistryState | None = None
         self.events: EventBuffer | None = None
@@ -105,3 +109,6 @@ class Service:
 
     def _waiting(self) -> Mapping[Labels, float]:
         return {(model.about["variant"],): model.num_waiting for model in self._models.both()}
+
+    def _failed(self) -> Mapping[Labels, float]:
+        return {} if self.registry is None else {(): len(self.registry.failed)}

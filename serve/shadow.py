@@ -1,15 +1,14 @@
 """Shadow: the challenger is asked what the champion answered, beside the requests; its answers are never returned."""
 
 import asyncio
-import json
-import logging
-from collections.abc import Callable
+import contextvars
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from seqray.recommender import Query, Recommendation, Recommender
+from serve.journal import MODELS_LOGGER, event_line
+from serve.measures import Labels
 from serve.served_model import ServedModel
-
-logger = logging.getLogger("seqray.serve.shadow")
 
 CAPACITY = 64
 """Comparisons at a time; more are dropped and counted, so that a slow challenger costs the champion no memory."""
@@ -72,9 +71,22 @@ class Shadow:
             self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
             return
         about = {"recommendation_id": recommendation_id, "champion": champion, "challenger": challenger.version}
-        task = asyncio.get_running_loop().create_task(self._compare(challenger, ask, found, about))
+        task = asyncio.get_running_loop().create_task(
+            self._compare(challenger, ask, found, about),
+            context=contextvars.Context(),  # not the request's, whose times these are not
+        )
         self._tasks.add(task)  # the loop itself holds tasks weakly
         task.add_done_callback(self._tasks.discard)
+
+    def outcomes(self) -> Mapping[Labels, float]:
+        """Comparisons by what became of them, for metrics."""
+        counts = self.counts
+        return {("compared",): counts.compared, ("dropped",): counts.dropped, ("failed",): counts.failed}
+
+    def mean_overlap(self) -> Mapping[Labels, float]:
+        """The same of the overlap; nothing before the first comparison."""
+        counts = self.counts
+        return {(): counts.overlap} if counts.compared else {}
 
     async def _compare(self, challenger: ServedModel, ask: Ask, found: Recommendation, about: dict[str, str]) -> None:
         try:
@@ -82,11 +94,11 @@ class Shadow:
             answer = await challenger.recommend(query)
         except Exception as error:  # noqa: BLE001 - whatever the challenger does, the champion answers on
             self.counts = replace(self.counts, failed=self.counts.failed + 1)
-            logger.warning("shadow of version %s failed: %s", challenger.version, type(error).__name__)
+            MODELS_LOGGER.warning(event_line("shadow failed", {**about, "error": type(error).__name__}))
             return
         comparison = compare(found, answer)
         self._count(comparison)
-        logger.info("shadow %s", json.dumps({**about, "k": query.k, **asdict(comparison)}))
+        MODELS_LOGGER.info(event_line("shadow", {**about, "k": query.k, **asdict(comparison)}))
 
     def _count(self, found: Comparison) -> None:
         counts = self.counts

@@ -359,7 +359,7 @@ def test_the_shadow_is_asked_and_never_returned(tmp_path: Path, caplog: pytest.L
     shadow = Shadow()
     following = Following(registry, shadow=shadow)
     expected = close_to(offline(tmp_path / "bundle-1", ("i1", "i2")))
-    with caplog.at_level(logging.INFO, "seqray.serve.shadow"), following.client as client:
+    with caplog.at_level(logging.INFO, "seqray.models"), following.client as client:
         for user in range(20):
             body = client.post("/v1/recommend", json={"history": ["i1", "i2"], "k": 5, "user_id": f"u{user}"}).json()
             assert body["model"]["variant"] == "champion"
@@ -371,9 +371,15 @@ def test_the_shadow_is_asked_and_never_returned(tmp_path: Path, caplog: pytest.L
     assert (told["compared"], told["dropped"], told["failed"]) == (20, 0, 0)
     answers = [dict(offline(tmp_path / f"bundle-{number}", ("i1", "i2"))) for number in (1, 2)]
     assert told["overlap"] == pytest.approx(len(answers[0].keys() & answers[1].keys()) / 5)
-    lines = [json.loads(record.getMessage().removeprefix("shadow ")) for record in caplog.records]
-    assert len(lines) == 20
-    assert sorted(lines[0]) == ["challenger", "champion", "k", "overlap", "recommendation_id", "score_difference"]
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [line["event"] for line in lines] == ["shadow"] * 20
+    assert sorted(lines[0]) == [
+        "challenger", "champion", "event", "k", "overlap", "recommendation_id", "score_difference", "time",
+    ]  # fmt: skip
+    page = client.get("/metrics").text
+    assert 'seqray_shadow_comparisons{outcome="compared",replica=""} 20.0' in page
+    assert 'seqray_requests_total{endpoint="recommend",replica="",status="200"} 20.0' in page
+    assert 'seqray_recommendations_total{replica=""} 20.0' in page  # the challenger's lists are not returned
     assert (lines[0]["champion"], lines[0]["challenger"], lines[0]["k"]) == ("1", "2", 5)
 
 

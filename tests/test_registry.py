@@ -95,6 +95,9 @@ def test_a_known_bundle_keeps_its_number(tmp_path: Path) -> None:
     assert len(registry.versions()) == 2
     with pytest.raises(DataError, match="version 1 is the champion already"):
         promote(registry, ADMISSION, str(tmp_path / "bundle-1"))
+    shutil.rmtree(registry.bundle(registry.version(2)))
+    assert promote(registry, ADMISSION, str(tmp_path / "bundle-2"))[0].number == 2
+    assert ADMISSION.load(registry.bundle(registry.version(2))).version == "run-2"
 
 
 def test_rollback_goes_back_step_by_step(tmp_path: Path) -> None:
