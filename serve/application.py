@@ -46,20 +46,21 @@ def build_application(service: Service, playground: bool = False, settings: Serv
     All of it behind an Entrance, which without settings asks for no keys.
     """
     settings = settings or ServeConfig()
+    guard = Guard.of(settings)
     application = FastAPI(
         title="seqray",
         version="1",
         redoc_url=None,
         exception_handlers={HTTPException: _http_error, Exception: _own_fault},
     )
-    application.openapi = lambda: openapi_document(service.name)  # type: ignore[method-assign]
+    application.openapi = lambda: openapi_document(service.name, guard is not None)  # type: ignore[method-assign]
     # Starlette's own routes: FastAPI would read and check the body itself, more slowly and with other errors.
     for method, path, handler in ENDPOINTS + (PLAYGROUND if playground else ()):
         application.router.add_route(path, _endpoint(service, handler), methods=[method])
     application.add_middleware(
         Entrance,
         measures=service.measures,
-        guard=Guard.of(settings),
+        guard=guard,
         journal=Journal(settings.log.sample, service.measures.replica),
         body_timeout_s=settings.body_timeout_s,
     )

@@ -1,11 +1,13 @@
 """/openapi.json: the requests, answers and problems of the API."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
 from seqray import __version__
 from seqray.item_filter import OPERATIONS
+from serve.access import access
 from serve.answers import BatchResponse, RecommendResponse
 from serve.events import EventsRequest, EventsResponse
 from serve.models import ModelsResponse
@@ -64,10 +66,17 @@ _FILTER = {
 _FILTERED = (("RecommendRequest", "filter"), ("SimilarItemsRequest", "filter"))
 _REFUSALS = {
     "400": "A field is invalid or unknown; `errors` names each.",
+    "408": "The body did not arrive in time.",
     "413": "The body is larger than 1 MiB.",
     "415": "The body is not JSON.",
+    "431": "Too many headers.",
     "503": "Too many requests, or not ready; see Retry-After.",
     "504": "The deadline has passed.",
+}
+_KEY_REFUSALS = {
+    "401": "No key, or one that is unknown, revoked or expired.",
+    "403": "The key does not have the scope.",
+    "429": "The key asks too often; see Retry-After.",
 }
 _OPERATIONS: tuple[tuple[str, str, type[BaseModel], type[BaseModel]], ...] = (
     ("/v1/recommend", "One context in, ranked items out", RecommendRequest, RecommendResponse),
@@ -78,8 +87,8 @@ _OPERATIONS: tuple[tuple[str, str, type[BaseModel], type[BaseModel]], ...] = (
 )
 
 
-def openapi_document(name: str) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of the application `name`."""
+def openapi_document(name: str, asks_keys: bool = False) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of the application `name`; with `asks_keys` it says where a key is to be shown."""
     schemas: dict[str, Any] = {"Problem": _PROBLEM, "Filter": _FILTER}
     models: list[type[BaseModel]] = [EventsRequest, EventsResponse, ItemsResponse, ModelsResponse]
     for _, _, request, response in _OPERATIONS:
@@ -91,7 +100,7 @@ def openapi_document(name: str) -> dict[str, Any]:
     for model_name, field in _FILTERED:
         schemas[model_name]["properties"][field] |= {"$ref": "#/components/schemas/Filter"}
     schemas["BatchRequest"]["properties"]["requests"]["items"] = {"$ref": "#/components/schemas/RecommendRequest"}
-    return {
+    document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": f"{name}: recommendations", "version": __version__},
         "paths": {
@@ -104,6 +113,18 @@ def openapi_document(name: str) -> dict[str, Any]:
         },
         "components": {"schemas": schemas},
     }
+    if asks_keys:
+        _ask_for_keys(document)
+    return document
+
+
+def _ask_for_keys(document: dict[str, Any]) -> None:
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        if access(path).scope is not None:
+            for operation in operations.values():
+                operation["security"] = [{"key": []}]
+                operation["responses"] |= _problems(_KEY_REFUSALS)
 
 
 def _get_models() -> dict[str, Any]:
@@ -144,8 +165,12 @@ def _post(path: str, summary: str, request: type[BaseModel], response: type[Base
 
 
 def _refusals() -> dict[str, Any]:
+    return _problems(_REFUSALS)
+
+
+def _problems(texts: Mapping[str, str]) -> dict[str, Any]:
     problem = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": text, "content": problem} for status, text in _REFUSALS.items()}
+    return {status: {"description": text, "content": problem} for status, text in texts.items()}
 
 
 def _json(name: str) -> dict[str, Any]:

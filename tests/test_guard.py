@@ -259,6 +259,20 @@ def test_over_http(service: Service, file: KeyFile) -> None:
         assert client.get("/metrics", headers=bearer(watcher)).status_code == 200
 
 
+def test_openapi_says_where_a_key_is_asked_for(service: Service, file: KeyFile) -> None:
+    file.add("shop")
+    with asking(service) as client:
+        assert "security" not in client.get("/openapi.json").text
+    with asking(service, keys=asked(file)) as client:
+        document = client.get("/openapi.json").json()
+    assert document["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            open_to_all = access(path).scope is None
+            assert ("security" in operation) != open_to_all
+            assert {"401", "403", "429"} <= set(operation["responses"]) or open_to_all
+
+
 def test_a_rate_over_http(service: Service, file: KeyFile) -> None:
     secret = file.add("shop")
     with asking(service, keys={**asked(file), "rate_per_s": 0.01, "burst": 1}) as client:
