@@ -5,8 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from browser import NO_CHROMIUM, chromium, chromium_path, serving
+from browser import NO_CHROMIUM, chromium, chromium_path
 from conftest import NUM_ITEMS, save_tiny
+from raw_http import serving
 
 from seqray.recommender import Recommender
 from serve.application import build_application
@@ -41,7 +42,7 @@ CONTRAST = """() => {
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory, module_port: int) -> Iterator[str]:
     titles = [HOSTILE, *[f"Título {number}" for number in range(2, NUM_ITEMS + 1)]]
     ids = [f"i{number}" for number in range(1, NUM_ITEMS + 1)]
     columns = {"item_id": ids, "train_events": list(range(NUM_ITEMS, 0, -1)), "title": titles}
@@ -49,8 +50,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     bundle = save_tiny(tmp_path_factory.mktemp("page") / "odd", items=pa.table({**columns, "price": prices}))
     service = Service("shop", ServedModel(Recommender(bundle), "shop", "champion", 4))
     service.warm_up()
-    with serving(ProblemMiddleware(build_application(service, playground=True))) as url:
-        yield url
+    with serving(ProblemMiddleware(build_application(service, playground=True)), module_port):
+        yield f"http://127.0.0.1:{module_port}"
 
 
 @pytest.fixture(scope="module")
