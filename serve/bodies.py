@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from serve.depth import MAX_DEPTH, is_deeper
 from serve.fields import EVENT_TAG, ID_TAG, Strict
-from serve.problems import FieldError, Problem, pointer
+from serve.problems import SHOWN_ERRORS, FieldError, Problem, pointer
 from serve.record import current
 from serve.request_id import fit_or_new
 
@@ -50,21 +50,22 @@ def parse(model: type[Model], data: Any, path: Path = ()) -> Model:
         text = "not a JSON object"
         raise Problem(400, f"{pointer(path) or 'The body'} is {text}.", [FieldError(pointer(path), text)])
     fields = model.model_fields
-    errors = [FieldError(pointer((*path, name)), _unknown(name, fields)) for name in data if name not in fields]
+    unknown = [name for name in data if name not in fields]
+    errors = [FieldError(pointer((*path, name)), _unknown(name, fields)) for name in unknown[:SHOWN_ERRORS]]
     try:
         parsed = model.model_validate({name: value for name, value in data.items() if name in fields})
     except ValidationError as error:
         errors += _field_errors(error, path)
     if errors:
-        raise invalid(errors)
+        raise invalid(errors, len(errors) + max(0, len(unknown) - SHOWN_ERRORS))
     current().lap("parse")
     return parsed
 
 
-def invalid(errors: Sequence[FieldError]) -> Problem:
-    """The Problem 400 of fields that are wrong."""
+def invalid(errors: Sequence[FieldError], total: int | None = None) -> Problem:
+    """The Problem 400 of fields that are wrong; `total`: how many are, when not all of them are in `errors`."""
     fields = ", ".join(error.pointer or "the body" for error in errors[:3])
-    return Problem(400, f"The request has {len(errors)} invalid field(s): {fields[:200]}", errors)
+    return Problem(400, f"The request has {total or len(errors)} invalid field(s): {fields[:200]}", errors)
 
 
 def answer(body: Mapping[str, Any], headers: Mapping[str, str], status: int = 200) -> Response:

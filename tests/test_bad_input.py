@@ -1,5 +1,6 @@
-"""Bad requests over a socket, to the application as a replica runs it: refused quickly, and the next one is answered."""
+"""Bad requests over a socket, to the application as a replica runs it: refused quickly, and the replica lives."""
 
+import gc
 import threading
 from collections.abc import Iterator
 
@@ -11,7 +12,9 @@ from seqray.bundle import Bundle
 from seqray.recommender import Recommender
 from seqray.serve_config import ServeConfig
 from serve.application import build_application
+from serve.event_buffer import open_buffer
 from serve.middleware import ProblemMiddleware
+from serve.replica import spare_collections
 from serve.served_model import ServedModel
 from serve.service import Service
 
@@ -19,12 +22,19 @@ CASES = [*cases("i1"), *(Case(name, body, path=path) for path in PATHS[1:] for n
 
 
 @pytest.fixture(scope="module")
-def port(tiny_bundle: Bundle, module_port: int) -> Iterator[int]:
+def port(tiny_bundle: Bundle, module_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     service = Service("tiny", ServedModel(Recommender(tiny_bundle), "tiny", "champion", 8))
     service.warm_up()
-    application = build_application(service, settings=ServeConfig(body_timeout_s=0.5))
+    thresholds = gc.get_threshold()
+    events = {"folder": str(tmp_path_factory.mktemp("events"))}
+    settings = ServeConfig(body_timeout_s=0.5, events=events)
+    service.events = open_buffer(settings.events, settings.retry_after_s)
+    application = build_application(service, settings=settings)
+    spare_collections()
     with serving(ProblemMiddleware(application), module_port):
         yield module_port
+    gc.unfreeze()
+    gc.set_threshold(*thresholds)
 
 
 def answer(port: int, name: str) -> Answer:
@@ -51,7 +61,7 @@ def test_of_an_endless_history_the_newest_are_taken(port: int) -> None:
 
 
 def test_each_bad_request_of_a_batch_has_its_own_problem(port: int) -> None:
-    results = answer(port, "bad requests in a batch, each with its problem").json()["results"]
+    results = answer(port, "a batch whose requests are bad").json()["results"]
     pointers = [result["problem"]["errors"][0]["pointer"] for result in results]
     assert pointers == ["/requests/0/k", "/requests/1"]
 

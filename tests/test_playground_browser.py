@@ -9,8 +9,11 @@ from browser import NO_CHROMIUM, chromium, chromium_path
 from conftest import NUM_ITEMS, save_tiny
 from raw_http import serving
 
+from seqray.bundle import Bundle
 from seqray.recommender import Recommender
+from seqray.serve_config import ServeConfig
 from serve.application import build_application
+from serve.keys import KeyFile
 from serve.middleware import ProblemMiddleware
 from serve.served_model import ServedModel
 from serve.service import Service
@@ -229,3 +232,32 @@ def test_large_whole_numbers_keep_their_digits(page: Any) -> None:
       return [JSON.stringify(read(text)), idText(read(text).a)];
     }"""
     assert page.evaluate(script, text) == [text.replace("1.5e300", "1.5e+300"), "1152921504606846977"]
+
+
+def test_a_key_is_asked_for_and_kept_in_memory_alone(
+    browser: Any, tiny_bundle: Bundle, free_port: int, tmp_path: Any
+) -> None:
+    file = KeyFile(str(tmp_path / "keys.json"))
+    secret = file.add("page")
+    service = Service("shop", ServedModel(Recommender(tiny_bundle), "shop", "champion", 4))
+    service.warm_up()
+    settings = ServeConfig(keys={"required": "always", "file": file.location})
+    with serving(build_application(service, True, settings), free_port):
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{free_port}")
+        page.get_by_text("This path asks for a key").wait_for()
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        page.get_by_text("unknown, revoked or expired").wait_for()
+        page.fill("#key", secret)
+        page.get_by_role("button", name="Use key").click()
+        page.locator("#results button").first.wait_for()
+        page.locator("#recommended > li").first.wait_for()
+        page.locator("#key-form").wait_for(state="hidden")
+        assert page.locator("#banner").is_hidden()
+        assert page.locator("#key").input_value() == ""
+        assert (
+            page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])") == '[{},{},""]'
+        )
+        assert page.evaluate("location.href") == f"http://127.0.0.1:{free_port}/"
+        page.close()
