@@ -1,7 +1,7 @@
 """The section of the endpoint: `serve`."""
 
 import ipaddress
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,25 @@ class EventsConfig(Section):
     """
     max_age_days: float = Field(30.0, gt=0)
     """Events older than that are refused, as are those more than a day ahead."""
+
+
+class BatchScoringConfig(Section):
+    """`python -m serve.batch`: the best items of every user of the store."""
+
+    k: int = Field(20, ge=1)
+    """Items of each user."""
+    exclude_seen: bool | None = None
+    """Leave the items of a user's history out; as the model was evaluated when null."""
+    filter: dict[str, Any] | None = None
+    """Only items that it lets through, as in a request; null: all."""
+    users_a_file: int = Field(10_000, ge=1)
+    """Users of one file of the output, which is also what a killed job repeats."""
+    batch_size: int = Field(256, ge=1)
+    """Users ranked in one forward pass, of histories of about the same length."""
+    num_workers: int | None = Field(None, ge=1)
+    """Processes, each with `cpus_per_replica` cores (one GPU where `device` is cuda); as many as the cluster has room
+    for when null.
+    """
 
 
 class ServeConfig(Section):
@@ -107,6 +126,7 @@ class ServeConfig(Section):
     keys: KeysConfig = KeysConfig()
     log: LogConfig = LogConfig()
     events: EventsConfig = EventsConfig()
+    batch: BatchScoringConfig = BatchScoringConfig()
 
     @property
     def on_loopback(self) -> bool:

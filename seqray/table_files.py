@@ -130,6 +130,15 @@ def flat_values(column: Any) -> tuple[npt.NDArray[np.int64], Any]:
     return rows, column
 
 
+def num_rows(file: TableFile) -> int:
+    """The rows of a Parquet file, from its footer alone."""
+    try:
+        with file.filesystem.open_input_file(file.path) as source:
+            return int(pq.ParquetFile(source).metadata.num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(file, error) from error
+
+
 def column_names(file: TableFile) -> list[str]:
     """The columns of a file; of JSONL, those of its first lines."""
     names = {"parquet": _parquet_names, "csv": _csv_names, "jsonl": _jsonl_names}

@@ -15,15 +15,29 @@ def connect(config: Config) -> bool:
 
     ConfigError when the address does not answer, or when the port of a local cluster is taken.
     """
+    if join(config):
+        return False
+    serve = config.serve
+    check_port_is_free(serve.host, serve.port)
+    set_environment(serve.high_throughput, serve.retry_after_s, serve.body_timeout_s)
+    start_local(math.ceil(serve.cpus_per_replica * serve.max_replicas) + 1)
+    return True
+
+
+def join(config: Config) -> bool:
+    """Joins the cluster of `cluster.address`, or one that runs; false where a local one is wanted.
+
+    ConfigError when the address does not answer.
+    """
     import ray
 
     address = config.cluster.address
     if ray.is_initialized():
-        return False  # the caller's cluster
+        return True  # the caller's cluster
     if address is None:
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-            return False
+            return True
         except ConnectionError as error:
             if os.environ.get("RAY_ADDRESS"):
                 raise ConfigError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']!r}: no Ray cluster answers") from error
@@ -32,21 +46,17 @@ def connect(config: Config) -> bool:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             raise ConfigError(f"cluster.address: no Ray cluster answers at {address!r}: {error}") from error
-        return False
-    _start_local(config)
-    return True
+        return True
+    return False
 
 
-def _start_local(config: Config) -> None:
+def start_local(cpus: int) -> None:
+    """Starts a cluster of this process, with at least so many CPUs in Ray's books."""
     import ray
 
-    check_port_is_free(config.serve.host, config.serve.port)
-    serve = config.serve
-    set_environment(serve.high_throughput, serve.retry_after_s, serve.body_timeout_s)
-    cpus = max(os.cpu_count() or 1, math.ceil(config.serve.cpus_per_replica * config.serve.max_replicas) + 1)
     ray.init(
         address="local",
-        num_cpus=cpus,
+        num_cpus=max(os.cpu_count() or 1, cpus),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
