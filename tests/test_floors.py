@@ -71,7 +71,9 @@ def test_the_config_is_light() -> None:
     assert loaded_by(code, "torch", "ray", "wandb", "pyarrow", "numpy", "transformers", "matplotlib") == set()
 
 
-@pytest.mark.parametrize("command", ["train", "train.prepare", "train.evaluate", "tune", "serve", "serve.compact"])
+@pytest.mark.parametrize(
+    "command", ["train", "train.prepare", "train.evaluate", "tune", "serve", "serve.compact", "serve.batch"]
+)
 def test_a_dry_run_imports_neither_torch_nor_ray(command: str) -> None:
     code = (
         f"import runpy\nsys.argv = ['x', 'configs/demo.yaml', '--dry-run']\n"
