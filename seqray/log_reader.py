@@ -75,7 +75,7 @@ class _Part:
 def read_log(data: DataConfig) -> Log:
     """The log at `data.path`; DataError names the file and column that do not fit."""
     files = find_files(data.path, data.format)
-    parts = [_read(file, data) for file in files]
+    parts = _read_settled(files, data) if data.columns.event_id else [_read(file, data) for file in files]
     usable = sum(len(part.users) for part in parts)
     if data.columns.event_id:
         parts = _without_repeated_events(parts)
@@ -96,6 +96,26 @@ def read_log(data: DataConfig) -> Log:
     bad_rows = pa.concat_tables(part.bad_rows for part in parts)
     rows, others = sum(part.rows for part in parts), sum(part.other_events for part in parts)
     return Log(events, tie, rows, bad_rows, others, usable - len(events))
+
+
+def _read_settled(files: Sequence[TableFile], data: DataConfig) -> list[_Part]:
+    """The parts of a log with event ids, in which files may become others while it is read, as compaction does it.
+
+    What was in a file that is gone is in one that was there before it went, perhaps a second time.
+    """
+    parts, known = [], {file.name for file in files}
+    while files:
+        some_went = False
+        for file in files:
+            try:
+                parts.append(_read(file, data))
+            except DataError:
+                if file.is_there():
+                    raise
+                some_went = True
+        files = [file for file in find_files(data.path, data.format) if file.name not in known] if some_went else []
+        known |= {file.name for file in files}
+    return parts
 
 
 def _read(file: TableFile, data: DataConfig) -> _Part:

@@ -47,6 +47,13 @@ class TableFile:
     modified_ns: int
     """Time of the last change, nanoseconds since 1970; 0 where the filesystem has none."""
 
+    def is_there(self) -> bool:
+        """Whether it still is; DataError when that cannot be told."""
+        try:
+            return bool(self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.name}: cannot be looked for: {error}") from error
+
 
 def find_files(paths: str | Sequence[str], format_: Format | None = None) -> list[TableFile]:
     """The files under one or several paths or URIs, folders recursively and by name, all of one format.

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from seqray.errors import DataError
 from seqray.folder import Folder
 from serve.event_merging import Merger
 from serve.event_table import Names, Row, day_of, files_of, parquet, read, table_of
@@ -38,8 +39,8 @@ class EventLog:
 
         Those that could be are known from then on, so that the same lists can be given again.
         """
-        if not self._began:
-            self._remember_files()
+        while not self._began:
+            self._began = self._remember_files()
         new: dict[str, Row] = {}
         receipts = []
         for rows in lists:
@@ -62,7 +63,8 @@ class EventLog:
         """Returns when the files are merged as far as they can be."""
         self._merger.close()
 
-    def _remember_files(self) -> None:
+    def _remember_files(self) -> bool:
+        """Whether it could be done; not where a file became another meanwhile."""
         now = time.time_ns() // 1000
         files = [file for day in (now - DAY_US, now) for file in files_of(self._folder / day_of(day))]
         newest: list[list[str]] = []
@@ -70,11 +72,16 @@ class EventLog:
         for file in reversed(files):
             if count >= self._known.size:
                 break
-            newest.append(read(file, ["event_id"]).column("event_id").to_pylist())
+            try:
+                newest.append(read(file, ["event_id"]).column("event_id").to_pylist())
+            except DataError:
+                if file.is_there():
+                    raise
+                return False
             count += len(newest[-1])
         for ids in reversed(newest):
             self._known.update(ids)
-        self._began = True
+        return True
 
 
 class RecentIds:

@@ -20,8 +20,10 @@ from conftest import ROOT
 from starlette.testclient import TestClient
 
 from seqray.bundle import Bundle
+from seqray.data_config import DataConfig
 from seqray.errors import DataError
 from seqray.folder import Folder
+from seqray.log_reader import read_log
 from seqray.recommender import Recommender
 from seqray.sequences import SequenceStore
 from seqray.serve_config import EventsConfig
@@ -385,6 +387,34 @@ def test_two_writers_and_a_compaction_at_once_lose_and_double_nothing(folder: Pa
     compact(Folder.at(folder), min_age_s=0)
     found = ids(folder)
     assert (len(found), set(found)) == (len(expected), expected)
+
+
+def test_a_log_is_read_whole_while_its_files_become_others(folder: Path) -> None:
+    columns = {"user_id": "history_id", "event_id": "event_id"}
+    data = DataConfig.model_validate({"path": str(folder), "columns": columns})
+    written: list[str] = []
+    log = log_of(folder)
+    log.append([[row("first")]])
+
+    def write() -> None:
+        for number in range(6 * MERGED_AT_A_TIME):
+            log.append([[row(number)]])
+            written.append(f"u{number}")
+        log.close()
+
+    with ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(write)
+        reads = 0
+        while not writing.done():
+            before = set(written)
+            users = read_log(data).events.user_ids.to_pylist()
+            assert before <= set(users)
+            assert EventLog(Folder.at(folder), WINDOW).append([[row("first")]]) == [Receipt(0, 1)]
+            reads += 1
+        writing.result()
+    assert reads > 3
+    events = read_log(data).events
+    assert len(events) == len(events.user_ids) == 6 * MERGED_AT_A_TIME + 1
 
 
 def test_compacting_leaves_foreign_files_alone_and_old_leftovers_not(
