@@ -158,7 +158,7 @@ def test_a_bundle_on_s3_is_served(bucket: Bucket, tmp_path: Path) -> None:
     bundle = fit(remote(bucket, tmp_path, "served", train={"epochs": 1}))
     replica = Replica(bundle.location, (), "served", {"max_batch_size": 4}, Cache(tmp_path / "another node"))
     assert replica.service.ready
-    assert replica.service.version == bundle.version
+    assert replica.service.champion.version == bundle.version
 
 
 @pytest.mark.slow
