@@ -155,9 +155,8 @@ def _print(results: dict[str, list[dict[str, dict[str, Any]]]], arguments: argpa
         cells = []
         for concurrency in CONCURRENCY:
             closed = [round_[f"c={concurrency}"] for round_ in rounds]
-            cells.append(
-                f"{_median(closed, 'per_second'):.0f} ({_median(closed, 'p50_ms'):.1f}, {_median(closed, 'p99_ms'):.1f})"
-            )
+            middle, slow = _median(closed, "p50_ms"), _median(closed, "p99_ms")
+            cells.append(f"{_median(closed, 'per_second'):.0f} ({middle:.1f}, {slow:.1f})")
         peaks[name] = statistics.median(max(round_[f"c={c}"]["per_second"] for c in CONCURRENCY) for round_ in rounds)
         table.add_row(NAMES[name], latency, str(lost), *cells, f"{peaks[name]:.0f}")
     Console(width=180).print(table)

@@ -21,7 +21,7 @@
 namespace seqray {
 namespace {
 
-constexpr int64_t ITEMS = 256, FEWEST = 512;
+constexpr int64_t ITEMS = 256, QUERIES = 16, FEWEST = 64;
 constexpr float ROUNDING = 0.00785f;  // 2^-8 in each factor, and float32's share
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
@@ -82,23 +82,29 @@ struct Inputs {
   int64_t tiles() const { return (V + ITEMS - 1) / ITEMS; }
 };
 
-// Goes through the tiles first to stop for all queries.
+// What of a tile's scores of a query matters.
+void take(const float* scores, int64_t tile, int64_t count, const Limits& limits, Candidates& found) {
+  const __m512 limit = _mm512_set1_ps(found.limit);
+  columns(count, [&](int64_t i, __mmask16 some) {
+    uint32_t above = _mm512_mask_cmp_ps_mask(some, _mm512_loadu_ps(scores + i), limit, _CMP_GE_OQ);
+    for (; above; above &= above - 1) {
+      const int64_t place = i + __builtin_ctz(above), item = tile * ITEMS + place;
+      if (scores[place] >= found.limit && item && limits.pass(item)) found.add(scores[place], item);
+    }
+  });
+}
+
+// Goes through the tiles first to stop for all queries, a few at a time so that their scores stay in the nearest cache.
 void sweep(const Inputs& in, const bf16* hidden, int64_t first, int64_t stop, std::vector<Candidates>& found) {
   thread_local Scratch<float> scratch;
-  float* scores = scratch.of(in.B * ITEMS);
+  float* scores = scratch.of(QUERIES * ITEMS);
   for (int64_t tile = first; tile < stop; tile++) {
-    product(in.B, ITEMS, in.K(), hidden, in.K(), in.packed + tile * ITEMS * in.K(), ITEMS, scores, ITEMS, false);
-    const int64_t count = std::min(ITEMS, in.V - tile * ITEMS);
-    for (int64_t b = 0; b < in.B; b++) {
-      const float* row = scores + b * ITEMS;
-      columns(count, [&](int64_t i, __mmask16 some) {
-        const __m512 score = _mm512_maskz_loadu_ps(some, row + i);
-        uint32_t above = _mm512_mask_cmp_ps_mask(some, score, _mm512_set1_ps(found[b].limit), _CMP_GE_OQ);
-        for (; above; above &= above - 1) {
-          const int64_t place = i + __builtin_ctz(above), item = tile * ITEMS + place;
-          if (row[place] >= found[b].limit && item && in.limits[b].pass(item)) found[b].add(row[place], item);
-        }
-      });
+    const int64_t items = std::min(ITEMS, in.V - tile * ITEMS);
+    for (int64_t b = 0; b < in.B; b += QUERIES) {
+      const int64_t count = std::min(QUERIES, in.B - b);
+      const bf16* weights = in.packed + tile * ITEMS * in.K();
+      product(count, ITEMS, in.K(), hidden + b * in.K(), in.K(), weights, ITEMS, scores, ITEMS, false);
+      for (int64_t q = 0; q < count; q++) take(scores + q * ITEMS, tile, items, in.limits[b + q], found[b + q]);
     }
   }
 }
