@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import orjson
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
@@ -69,8 +70,11 @@ def invalid(errors: Sequence[FieldError], total: int | None = None) -> Problem:
 
 
 def answer(body: Mapping[str, Any], headers: Mapping[str, str], status: int = 200) -> Response:
-    """A JSON answer. ASCII with escapes: no id or title can then fail to be encoded."""
-    encoded = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
+    """A JSON answer."""
+    try:
+        encoded = orjson.dumps(body)
+    except TypeError:  # half of a surrogate pair in an id or a title, or a whole number of more than 64 bits
+        encoded = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
     current().lap("encode")
     return Response(encoded, status, headers=dict(headers), media_type="application/json")
 

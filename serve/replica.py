@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI
-
 from seqray.cache import Cache
 from seqray.serve_config import ServeConfig
 from serve.admission import Admission
@@ -14,6 +12,7 @@ from serve.application import build_application
 from serve.event_buffer import open_buffer
 from serve.follower import Follower, ModelLoader
 from serve.journal import log_to_stdout
+from serve.middleware import Application
 from serve.ray_measures import show_in_ray
 from serve.registry import Registry
 from serve.service import Models, Service
@@ -53,7 +52,7 @@ class Replica:
             follower.start(self.service)
         self._settings = serve
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Application:
         """Called by Ray Serve after the constructor."""
         show_in_ray(self.service.measures)
         log_to_stdout()

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from seqray.item_filter import Filter, FilterError
 from seqray.recommender import Query, Recommender, SimilarQuery
 from serve.bodies import Path, invalid, parse
-from serve.fields import Event, HistoryEntry, ItemId, Name, Strict, example
+from serve.fields import Event, HistoryEntry, ItemId, Name, Strict, example, text_ids_first
 from serve.problems import FieldError, pointer
 
 MAX_K = 500
@@ -27,6 +27,8 @@ FilterJson = Any
 """Read by `Recommender.read_filter`, which knows the columns."""
 Include = list[Literal["score", "metadata"]]
 Fallback = Literal["popular", "none"]
+ExcludedItems = Annotated[list[ItemId], Field(max_length=MAX_EXCLUDED), text_ids_first(MAX_EXCLUDED)]
+Candidates = Annotated[list[ItemId], Field(min_length=1, max_length=MAX_CANDIDATES), text_ids_first(MAX_CANDIDATES)]
 DeadlineMs = Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS)]
 
 
@@ -37,7 +39,7 @@ class Context(Strict):
     """Chooses the model in a canary release, always the same one; not used for ranking."""
     session_id: Name | None = None
     """In the place of `user_id` where that is not given."""
-    history: list[HistoryEntry] = Field(default_factory=list)
+    history: Annotated[list[HistoryEntry], text_ids_first(MAX_HISTORY)] = Field(default_factory=list)
     """Item ids or events, oldest first; of more than 1,000 the newest are kept, with a warning."""
     fallback: Fallback = "popular"
     """Answer to a history without a known item: the most popular items, or none."""
@@ -56,10 +58,15 @@ class Context(Strict):
         """Whose context it is."""
         return self.user_id or self.session_id
 
+    @property
+    def has_events(self) -> bool:
+        """Whether the history holds more than item ids."""
+        return Event in set(map(type, self.history))
+
     def query(self, **more: Any) -> Query:
         """The history as the recommender takes it, with what is asked of it."""
-        if not self.history:
-            return Query((), fallback=self.fallback, **more)
+        if not self.has_events:
+            return Query(tuple(self.history), fallback=self.fallback, **more)
         ids, events, timestamps = zip(*map(_parts, self.history), strict=True)
         return Query(
             ids, fallback=self.fallback, events=events if any(events) else (),
@@ -68,6 +75,8 @@ class Context(Strict):
 
     def warnings(self) -> list[str]:
         """What the sender may want to know."""
+        if not self.has_events:
+            return []
         times = [entry.timestamp for entry in self.history if isinstance(entry, Event) and entry.timestamp is not None]
         found = []
         if any(later < earlier for earlier, later in pairwise(times)):
@@ -84,7 +93,7 @@ class RecommendRequest(Context):
 
     k: int = Field(20, ge=1, le=MAX_K)
     """Items wanted."""
-    exclude_items: list[ItemId] = Field(default_factory=list, max_length=MAX_EXCLUDED)
+    exclude_items: ExcludedItems = Field(default_factory=list)
     """Items never to return, at most 1,000; unknown ones do no harm."""
     exclude_seen: bool | None = None
     """Leave the items of the history out; as the model was evaluated when not given."""
@@ -119,7 +128,7 @@ class SimilarItemsRequest(Strict):
     """The item; an unknown one is answered by the fallback."""
     k: int = Field(20, ge=1, le=MAX_K)
     """Items wanted."""
-    exclude_items: list[ItemId] = Field(default_factory=list, max_length=MAX_EXCLUDED)
+    exclude_items: ExcludedItems = Field(default_factory=list)
     """Items never to return, at most 1,000."""
     filter: FilterJson = None
     """Only items whose columns meet it."""
@@ -141,7 +150,7 @@ class RankRequest(Context):
 
     model_config = example({"history": ["A1", "B2"], "candidates": ["C3", "D4", "E5"]})
 
-    candidates: list[ItemId] = Field(min_length=1, max_length=MAX_CANDIDATES)
+    candidates: Candidates
     """1 to 1,000 items; those of the history may be among them. One that stands there twice is ranked once."""
     explain: bool = False
     """Tell of each item which events of the history drove it."""
