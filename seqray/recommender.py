@@ -5,19 +5,23 @@ Shapes: B queries, V items + padding.
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from seqray.bundle import Bundle
+from seqray.cache import default_folder
 from seqray.explanation import influences
 from seqray.histories import HistoryReader, KnownHistory
+from seqray.index_file import open_retrieval
 from seqray.item_filter import Filter, read_filter
 from seqray.item_masks import ItemMasks
 from seqray.models.protocol import Prediction, predict
 from seqray.popularity import Popularity
 from seqray.query import Influence, Query, RankedItem, Recommendation, SimilarQuery
-from seqray.retrieval import ExactRetrieval, Limits, Ranked, best_of_candidates, best_of_scores
+from seqray.retrieval import ExactRetrieval, Limits, Ranked, Retrieval, best_of_candidates, best_of_scores
+from seqray.serve_config import RetrievalConfig
 
 __all__ = ["Influence", "Query", "RankedItem", "Recommendation", "Recommender", "SimilarQuery"]
 
@@ -44,11 +48,19 @@ class Recommender:
     """Ranks the items of a bundle in float32; what can be done once is done here."""
 
     def __init__(
-        self, bundle: Bundle, device: str = "cpu", num_threads: int | None = None, *, build_kernels: bool = False
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        num_threads: int | None = None,
+        *,
+        build_kernels: bool = False,
+        retrieval: RetrievalConfig | None = None,
+        index_folder: Path | None = None,
     ) -> None:
         """num_threads: of PyTorch in this whole process; unchanged when None.
 
-        build_kernels: compile the CPU kernels of `seqray.native` if this machine has not got them yet.
+        build_kernels: compile the CPU kernels of `seqray.native` if this machine has not got them yet. retrieval: exact
+        when not given; index_folder: where an index is kept that it asks for, in the user's cache when not given.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -62,9 +74,16 @@ class Recommender:
         with torch.inference_mode():
             self._weights_VD = self._model.item_weights().float().contiguous()
             self._inverse_norm_V = 1 / self._weights_VD.norm(dim=1).clamp_min(1e-12)
-        self._retrieval = ExactRetrieval(self._weights_VD, build_kernels)
+            self._retrieval = self._retrieval_of(retrieval, index_folder, build_kernels)
         self._masks = ItemMasks(bundle.items, self._device)
         self._popularity = Popularity(bundle.items.column("train_events").to_numpy())
+
+    def _retrieval_of(self, config: RetrievalConfig | None, folder: Path | None, build_kernels: bool) -> Retrieval:
+        exact = ExactRetrieval(self._weights_VD, build_kernels)
+        if config is None or config.type == "exact":
+            return exact
+        folder = folder or default_folder() / "indexes"
+        return open_retrieval(self.bundle, self._model, self._histories, self._weights_VD, exact, config, folder)
 
     def recommend(self, queries: Sequence[Query | SimilarQuery]) -> list[Recommendation]:
         """The answer to each query. It depends on the other queries by no more than float rounding."""

@@ -70,6 +70,26 @@ class BatchScoringConfig(Section):
     """
 
 
+class RetrievalConfig(Section):
+    """How the best items are found."""
+
+    type: Literal["exact", "hnsw", "ivfpq"] = "exact"
+    """exact scores every item, well up to about 1 M of them; hnsw (a graph, fastest, most memory) and ivfpq (compressed
+    lists, least memory) are indexes of faiss on the CPU that find candidates, which are then scored exactly."""
+    candidates: int = Field(300, ge=1)
+    """Items that an index finds for a request, at least; more where k and the excluded items are more."""
+    neighbours: int = Field(32, ge=2)
+    """hnsw: links of an item."""
+    effort: int = Field(200, ge=1)
+    """hnsw: items that a search and the building of the graph keep in sight; more is slower and finds more."""
+    lists: int | None = Field(None, ge=1)
+    """ivfpq: lists that the items are cut into; 4 times the square root of their number when null."""
+    probes: int = Field(64, ge=1)
+    """ivfpq: lists that a search looks through."""
+    min_recall: float = Field(0.9, ge=0, le=1)
+    """Share of the exact 20 best that an index must find when it is built; below, it is refused."""
+
+
 class ServeConfig(Section):
     """The endpoint."""
 
@@ -95,6 +115,7 @@ class ServeConfig(Section):
     """The page at / on which people try the model; auto: when host is a loopback address."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where a replica ranks; cuda reserves one GPU for each replica."""
+    retrieval: RetrievalConfig = RetrievalConfig()
     cpus_per_replica: float = Field(1.0, gt=0)
     """CPU cores of one replica; the model uses as many threads."""
     min_replicas: int = Field(1, ge=0)
@@ -137,6 +158,12 @@ class ServeConfig(Section):
     def shows_playground(self) -> bool:
         """Whether the page is served."""
         return self.playground == "on" or (self.playground == "auto" and self.on_loopback)
+
+    @model_validator(mode="after")
+    def _index_is_on_the_cpu(self) -> Self:
+        if self.device == "cuda" and self.retrieval.type != "exact":
+            raise ValueError(f"retrieval.type {self.retrieval.type} searches on the CPU; device cuda takes exact")
+        return self
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> Self:

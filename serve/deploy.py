@@ -52,6 +52,7 @@ def start(config: Config) -> Deployment:
 
     bundle, version = _verified_bundle(config)
     keys.resolved(config, config.serve.host)
+    _build_index(config, bundle)
     is_local = connect(config)
     try:
         end_in_order_on_sigterm()  # also while the replicas start
@@ -62,6 +63,16 @@ def start(config: Config) -> Deployment:
         raise
     asks_keys = keys.are_required(config.serve.keys.required, _http_options().host)
     return Deployment(url, config.name, bundle, version, is_local, asks_keys, _metrics_urls())
+
+
+def _build_index(config: Config, bundle: "Bundle") -> None:
+    """Has an index of the bundle in this machine's cache before its replicas start, so that its recall is told here."""
+    if config.serve.retrieval.type != "exact":
+        from seqray.cache import Cache
+        from seqray.recommender import Recommender
+
+        folder = Cache.of(config.cluster).folder / "indexes"
+        Recommender(bundle, retrieval=config.serve.retrieval, index_folder=folder)
 
 
 def stop(deployment: Deployment) -> None:

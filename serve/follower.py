@@ -7,10 +7,12 @@ only then puts it in their place. Whatever fails there leaves the old models ans
 import threading
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from seqray.bundle import Bundle
 from seqray.errors import BundleError, DataError, SeqrayError
 from seqray.recommender import Recommender
+from seqray.serve_config import RetrievalConfig
 from serve.admission import Admission
 from serve.journal import MODELS_LOGGER, event_line
 from serve.registry import Registry
@@ -30,6 +32,8 @@ class ModelLoader:
     num_threads: int
     max_batch_size: int
     admission: Admission
+    retrieval: RetrievalConfig | None = None
+    index_folder: Path | None = None
 
     def load(self, location: str) -> ServedModel:
         """The model of a bundle, warm, or BundleError."""
@@ -42,7 +46,10 @@ class ModelLoader:
         return self._warm(bundle, variant, str(number))
 
     def _warm(self, bundle: Bundle, variant: Variant, version: str | None) -> ServedModel:
-        recommender = Recommender(bundle, self.device, self.num_threads, build_kernels=True)
+        recommender = Recommender(
+            bundle, self.device, self.num_threads, build_kernels=True, retrieval=self.retrieval,
+            index_folder=self.index_folder,
+        )  # fmt: skip
         model = ServedModel(recommender, self.name, variant, self.max_batch_size, version)
         model.warm_up()
         return model
