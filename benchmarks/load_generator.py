@@ -107,19 +107,22 @@ class Client:
         self._free: list[Connection] = []
         self.tally = Tally()
 
-    async def ask(self, number: int, due: float) -> None:
-        """Sends one request and notes what came of it."""
+    async def ask(self, number: int, due: float) -> str:
+        """Sends one request and notes what came of it: a status, or what went wrong."""
+        while self._free and not self._free[-1].is_open:  # the server closed it meanwhile
+            self._free.pop()
         try:
             connection = self._free.pop() if self._free else await self._connect()
             status = await connection.ask(self._requests[number % len(self._requests)])
         except OSError as error:
             self.tally.statuses[type(error).__name__] += 1
-            return
+            return type(error).__name__
         self.tally.statuses[status] += 1
         if status == "200":
             self.tally.latencies.append(time.perf_counter() - due)
         if connection.is_open:
             self._free.append(connection)
+        return status
 
     async def _connect(self) -> Connection:
         _, connection = await asyncio.get_running_loop().create_connection(Connection, self._host, self._port)
