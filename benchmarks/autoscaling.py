@@ -99,6 +99,7 @@ def serving(bundle: Path, folder: Path, port: int, settings: Sequence[str]) -> I
             yield Server(f"http://127.0.0.1:{port}/v1/recommend", _cluster_of(process.pid))
         finally:
             process.terminate()
+            process.communicate(timeout=60)
 
 
 def _cluster_of(pid: int) -> str:
@@ -163,6 +164,7 @@ async def load(url: str, bodies: list[bytes], steps: Sequence[Step], began: floa
             tasks.append(asyncio.create_task(ask(len(tasks), due)))
         await asyncio.sleep(max(0, end - time.perf_counter()))
     await asyncio.gather(*tasks)
+    await client.close()
     return asked
 
 
@@ -188,15 +190,31 @@ def print_steps(steps: Sequence[Step], asked: Sequence[Asked], looks: Sequence[L
             f"{f'{running[0]} to {running[-1]}':>9}"
         )
         start = end
-    first = next((look.at for look in looks if look.running > looks[0].running), None)
-    if first is not None:
-        print(f"the first further replica answered {first:.1f} s after the load began")
+    for change, text in reactions(steps, looks):
+        print(f"{change:.1f} s after that step began {text}")
+
+
+def reactions(steps: Sequence[Step], looks: Sequence[Look]) -> list[tuple[float, str]]:
+    """After how many seconds of its step the first further replica was wanted and was running, and one less was."""
+    starts = np.cumsum([0.0, *(step.seconds for step in steps)])
+    first, most = looks[0].running, max(look.running for look in looks)
+    peak = next(look.at for look in looks if look.running == most)
+    moments = [
+        (
+            next((look.at for look in looks if look.running + look.starting > first), None),
+            "one more was wanted",
+        ),
+        (next((look.at for look in looks if look.running > first), None), "it was running"),
+        (next((look.at for look in looks if look.at > peak and look.running < most), None), "one was taken away"),
+    ]
+    return [(at - max(start for start in starts if start <= at), text) for at, text in moments if at is not None]
 
 
 def draw(path: Path, steps: Sequence[Step], asked: Sequence[Asked], looks: Sequence[Look]) -> None:
     """The plot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     ends = np.cumsum([0.0, *(step.seconds for step in steps)])
     seconds = np.arange(int(max(ends[-1], *(one.answered for one in asked))) + 1)
@@ -217,10 +235,13 @@ def draw(path: Path, steps: Sequence[Step], asked: Sequence[Asked], looks: Seque
     rates.legend(loc="upper left")
     times.plot(seconds + 0.5, latency, ".-", color="#0f766e")
     times.set_yscale("log")
+    times.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    times.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    times.yaxis.set_minor_locator(NullLocator())
     times.set_ylabel("p95, ms")
     at = [look.at for look in looks]
     wanted = [look.running + look.starting for look in looks]
-    replicas.step(at, wanted, where="post", color="#9aa8b7", label="and starting")
+    replicas.step(at, wanted, where="post", color="#9aa8b7", label="running and starting")
     replicas.step(at, [look.running for look in looks], where="post", color="#0f766e", linewidth=2, label="running")
     replicas.set_ylabel("replicas")
     replicas.set_ylim(bottom=0)
@@ -247,7 +268,7 @@ def main() -> int:
     settings = [*SETTINGS, *arguments.set]
     if arguments.to_zero:
         steps = [Step(0, 25), *steps, Step(0, 25), Step(2, 20)]
-        settings.append("serve.min_replicas=0")
+        settings += ["serve.min_replicas=0", "serve.downscale_to_zero_delay_s=10"]
     with tempfile.TemporaryDirectory(prefix="as", dir="/tmp") as place:  # short: Ray's sockets are below it
         folder = Path(place)
         make_bundle(folder / "bundle", arguments.items)

@@ -51,6 +51,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._received = b""
         self._status: asyncio.Future[str] | None = None
+        self._is_last = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
@@ -68,6 +69,7 @@ class Connection(asyncio.Protocol):
         length = int(lowered[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
         if len(body) >= length and self._status is not None and not self._status.done():
             self._received = b""
+            self._is_last = b"\r\nconnection: close" in lowered
             self._status.set_result(head[9:12].decode())
 
     def connection_lost(self, _error: Exception | None) -> None:
@@ -79,7 +81,12 @@ class Connection(asyncio.Protocol):
     @property
     def is_open(self) -> bool:
         """Whether another request can be sent."""
-        return self._transport is not None
+        return self._transport is not None and not self._is_last
+
+    def close(self) -> None:
+        """Ends it."""
+        if self._transport is not None:
+            self._transport.close()
 
     async def ask(self, request: bytes) -> str:
         """The status of the answer, or what went wrong."""
@@ -122,7 +129,15 @@ class Client:
             self.tally.latencies.append(time.perf_counter() - due)
         if connection.is_open:
             self._free.append(connection)
+        else:
+            connection.close()
         return status
+
+    async def close(self) -> None:
+        """Ends the connections, none of which is waiting for an answer."""
+        for connection in self._free:
+            connection.close()
+        await asyncio.sleep(0)
 
     async def _connect(self) -> Connection:
         _, connection = await asyncio.get_running_loop().create_connection(Connection, self._host, self._port)

@@ -128,8 +128,12 @@ class ServeConfig(Section):
     """Seconds of load above the target before replicas are added."""
     downscale_delay_s: float = Field(60.0, ge=0)
     """Seconds of load below the target before replicas are removed."""
+    downscale_to_zero_delay_s: float = Field(300.0, ge=0)
+    """The same for the last one, with min_replicas: 0. Load is sampled: requests far apart may pass for none."""
     metrics_interval_s: float = Field(0.5, gt=0)
     """Seconds between the replicas' load reports; Ray's own default of 10 makes autoscaling slow."""
+    look_back_s: float = Field(2.0, gt=0)
+    """Seconds over which the load is averaged; of Ray's own default of 30, ten pass before a rise counts."""
     max_batch_size: int = Field(32, ge=1)
     """Requests ranked in one forward pass."""
     max_ongoing_requests: int = Field(64, ge=1)
@@ -169,6 +173,14 @@ class ServeConfig(Section):
     def _replicas_fit(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+    @model_validator(mode="after")
+    def _load_is_averaged(self) -> Self:
+        if self.look_back_s <= self.metrics_interval_s:
+            raise ValueError(
+                f"look_back_s {self.look_back_s:g} is not above metrics_interval_s {self.metrics_interval_s:g}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ set before a local cluster starts. What the user has set already stays.
 import atexit
 import math
 import os
+import random
 import shlex
 import shutil
 import socket
@@ -18,6 +19,8 @@ from pathlib import Path
 from serve import haproxy_launcher
 from serve.problems import MEDIA_TYPE, Problem
 
+PORTS = range(20_000, 30_000)
+"""Between those of Ray's workers and those of the replicas, and below those that Linux gives to connections."""
 DRAINING_S = 2
 """Seconds a replica that is to stop still answers while HAProxy is told; Ray Serve's 30 is for load balancers."""
 
@@ -103,8 +106,14 @@ def _haproxy_binary() -> str | None:
 
 
 def _free_ports(count: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
+    """Ports that stay free until HAProxy listens: none that the system gives to others meanwhile, nor Ray's own."""
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        found.append(port)
+        if len(found) == count:
+            break
+    return found
