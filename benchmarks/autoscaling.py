@@ -36,9 +36,7 @@ NAME = "autoscaling"
 SETTINGS = (
     "serve.max_replicas=3",
     "serve.target_ongoing_requests=0.3",
-    "serve.upscale_delay_s=1",
     "serve.downscale_delay_s=5",
-    "serve.metrics_interval_s=0.5",
     "serve.cpus_per_replica=0.5",
     "serve.deadline_ms=20000",
 )
@@ -247,7 +245,7 @@ def draw(path: Path, steps: Sequence[Step], asked: Sequence[Asked], looks: Seque
     replicas.set_ylim(bottom=0)
     replicas.yaxis.get_major_locator().set_params(integer=True)
     replicas.set_xlabel("seconds")
-    replicas.legend(loc="upper left")
+    replicas.legend(loc="lower center", ncols=2)
     for axes in (rates, times, replicas):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

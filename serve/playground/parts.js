@@ -21,14 +21,13 @@ export function titleOf(item) {
   return typeof title === "string" && title.trim() ? title : idText(item.item_id);
 }
 
-// Title, and below it the id and the first few of the other fields.
+// Title, and below it the id and the first few values of the other fields, whose names are in the tooltip.
 export function named(item) {
-  const about = Object.entries(item.metadata ?? {})
-    .filter(([name, value]) => name !== "title" && value !== null && typeof value !== "object" && String(value) !== "")
-    .slice(0, SHOWN_FIELDS)
-    .map(([name, value]) => `${name} ${value}`);
-  const below = titleOf(item) === idText(item.item_id) ? about : [idText(item.item_id), ...about];
-  return element("span", {classes: "named"}, [
+  const fields = Object.entries(item.metadata ?? {})
+    .filter(([name, value]) => name !== "title" && value !== null && typeof value !== "object" && String(value) !== "");
+  const values = fields.slice(0, SHOWN_FIELDS).map(([, value]) => String(value));
+  const below = titleOf(item) === idText(item.item_id) ? values : [idText(item.item_id), ...values];
+  return element("span", {classes: "named", title: fields.map(([name, value]) => `${name}: ${value}`).join("\n")}, [
     element("span", {classes: "title", text: titleOf(item)}),
     element("span", {classes: "quiet below", text: below.join("  ·  ")}),
   ]);
