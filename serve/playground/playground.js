@@ -119,14 +119,21 @@ function request() {
   return body;
 }
 
+// Whether what is shown may be of another request than the one that the page says.
+function waiting(is) {
+  $("recommended").setAttribute("aria-busy", is);
+}
+
 async function recommend() {
   const asked = history;
   let body;
+  waiting(true);
   try {
     body = request();
   } catch (error) {
     tell("filter", `Not JSON: ${error.message}`);
     $("options-box").open = true;
+    waiting(false);
     return;
   }
   try {
@@ -139,6 +146,7 @@ async function recommend() {
   } catch (error) {
     refused(error);
   }
+  waiting(false);
 }
 
 // Each error of the problem beside the field that its JSON pointer names, the rest above the page.
@@ -251,6 +259,7 @@ function listen() {
     event.preventDefault();
     $("search").focus();
   });
+  $("options").addEventListener("input", () => waiting(true));
   $("options").addEventListener("input", soon(recommend));
   $("options").addEventListener("submit", (event) => event.preventDefault());
   $("clear").addEventListener("click", () => {
