@@ -513,6 +513,14 @@ def test_the_server_is_ready_and_speaks_the_api(server: Server) -> None:
     assert (status, body["detail"]) == (400, "A header is not UTF-8.")
 
 
+def test_the_playground_is_served_on_loopback(server: Server) -> None:
+    assert f"  try:   http://127.0.0.1:{server.port}/ in a browser" in server.lines
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/") as response:
+        assert response.headers["Content-Security-Policy"].startswith("default-src 'self';")
+        assert b"seqray playground" in response.read()
+    assert server.ask(b"", "GET", "/v1/items?query=titulo")[2]["total"] == NUM_ITEMS
+
+
 def test_haproxy_answers_and_nothing_of_serve_listens_beyond_loopback(server: Server) -> None:
     family = psutil.Process(server.process.pid).children(recursive=True)
     listening = [
