@@ -33,7 +33,7 @@ def set_environment(high_throughput: bool, retry_after_s: int, request_timeout_s
     wanted = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # A killed HAProxy is missed after three of these; Ray Serve's 10 seconds each would be half a minute without.
+        # A killed HAProxy is missed after three of these; of the usual 10 seconds each, half a minute of nothing.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.middleware:middlewares",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
