@@ -1,6 +1,7 @@
 """The requests of the API, and what each asks the recommender."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -63,14 +64,14 @@ class Context(Strict):
         """Whether the history holds more than item ids."""
         return Event in set(map(type, self.history))
 
-    def query(self, **more: Any) -> Query:
-        """The history as the recommender takes it, with what is asked of it."""
+    def query(self) -> Query:
+        """The history as the recommender takes it."""
         if not self.has_events:
-            return Query(tuple(self.history), fallback=self.fallback, **more)
+            return Query(tuple(self.history), fallback=self.fallback)
         ids, events, timestamps = zip(*map(_parts, self.history), strict=True)
         return Query(
             ids, fallback=self.fallback, events=events if any(events) else (),
-            timestamps=timestamps if any(t is not None for t in timestamps) else (), **more,
+            timestamps=timestamps if any(t is not None for t in timestamps) else (),
         )  # fmt: skip
 
     def warnings(self) -> list[str]:
@@ -104,8 +105,8 @@ class RecommendRequest(Context):
 
     def asked(self, recommender: Recommender, path: Path = ()) -> Query:
         """See Context."""
-        return self.query(
-            k=self.k, exclude_items=tuple(self.exclude_items), exclude_seen=self.exclude_seen,
+        return replace(
+            self.query(), k=self.k, exclude_items=tuple(self.exclude_items), exclude_seen=self.exclude_seen,
             filter=_filter(recommender, self.filter, path), explain=self.explain,
         )  # fmt: skip
 
@@ -158,8 +159,12 @@ class RankRequest(Context):
     def asked(self, recommender: Recommender, path: Path = ()) -> Query:
         """See Context."""
         del recommender, path
-        return self.query(
-            k=len(self.candidates), candidates=tuple(self.candidates), exclude_seen=False, explain=self.explain
+        return replace(
+            self.query(),
+            k=len(self.candidates),
+            candidates=tuple(self.candidates),
+            exclude_seen=False,
+            explain=self.explain,
         )
 
 
@@ -183,8 +188,8 @@ class ExplainRequest(Context):
         """See Context."""
         del recommender, path
         if self.items is None:
-            return self.query(k=self.k or 10, explain=True)
-        return self.query(k=len(self.items), candidates=tuple(self.items), exclude_seen=False, explain=True)
+            return replace(self.query(), k=self.k or 10, explain=True)
+        return replace(self.query(), k=len(self.items), candidates=tuple(self.items), exclude_seen=False, explain=True)
 
 
 class Read(NamedTuple):
