@@ -3,6 +3,7 @@
 Shapes: P asked events, S targets, D hidden, V items + padding, N negatives, C targets of a chunk, K = 1 + N candidates.
 """
 
+import math
 from typing import Protocol, cast
 
 from torch import Tensor, sigmoid, softmax
@@ -76,7 +77,13 @@ class SampledSoftmax:
 
 
 class BCE:
-    """Binary cross-entropy, -log s(target) - sum log(1 - s(negative)) (SASRec, equation 7)."""
+    """Binary cross-entropy, -log s(target) - sum log(1 - s(negative)) (SASRec, equation 7).
+
+    s(x) is sigmoid(x + log(1 / N)): a score of 0 is the chance that a target has among its N negatives. Without that
+    constant, which changes no ranking, all items must first learn to score far below 0, and with the output tied to the
+    input embedding they become nearly the same vector on the way (with 256 negatives nothing was learnt after that).
+    Lin et al. 2017, "Focal Loss for Dense Object Detection", section 3.3, start from such a prior too.
+    """
 
     Config: type[Component] = BCEConfig
 
@@ -87,8 +94,10 @@ class BCE:
     def __call__(self, prediction: Prediction, targets: Targets, negatives: Negatives) -> Tensor:
         """Summed over S and negatives; a negative that is the target does not count."""
         beta = self._beta(len(prediction.weights_VD) - 1)
+        prior = math.log(beta / self._sampler.count)
 
         def criterion(score_CK: Tensor) -> tuple[Tensor, Tensor]:
+            score_CK = score_CK + prior
             slope_CK = sigmoid(score_CK)
             slope_CK[:, 0] = beta * (slope_CK[:, 0] - 1)
             return beta * F.softplus(-score_CK[:, 0]) + F.softplus(score_CK[:, 1:]).sum(1), slope_CK
@@ -106,7 +115,8 @@ class GBCE(BCE):
 
     Petrov & Macdonald 2023, "gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative
     Sampling": beta = alpha (t (1 - 1 / alpha) + 1 / alpha), alpha = N / (num_items - 1). Their factor 1 / (N + 1) is
-    left out, as in `bce`. The paper raises s to beta in float64; beta times log s says the same in float32.
+    left out, as in `bce`, whose prior here is log(beta / N). The paper raises s to beta in float64; beta times log s says
+    the same in float32.
     """
 
     Config: type[Component] = GBCEConfig

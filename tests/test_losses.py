@@ -95,7 +95,7 @@ def plain_sampled(sampler: Sampler, log_q: bool) -> Reference:
 
 def plain_bce(sampler: Sampler, beta: float) -> Reference:
     def loss(score_SV: Tensor, targets: Targets, negatives: Negatives) -> Tensor:
-        positive_S, negative_SN, _ = candidates(sampler, score_SV, targets, negatives)
+        positive_S, negative_SN, _ = candidates(sampler, score_SV + math.log(beta / sampler.count), targets, negatives)
         return weighted(-beta * positive_S.sigmoid().log() - (1 - negative_SN.sigmoid()).log().sum(1), targets)
 
     return loss
@@ -251,8 +251,8 @@ def test_gbce_by_hand() -> None:
     beta = alpha * (0.5 * (1 - 1 / alpha) + 1 / alpha)
     drawn, weights, expected = given.negatives.per_target(Sampler(3, own=True)), given.weights.detach(), 0.0
     for h, target, own in zip(given.hidden.detach(), given.targets.items_S.tolist(), drawn.tolist(), strict=True):
-        expected += beta * math.log1p(math.exp(-float(h @ weights[target])))
-        expected += sum(math.log1p(math.exp(float(h @ weights[n]))) for n in own if n != target)
+        expected += beta * math.log1p(math.exp(-float(h @ weights[target])) * 3 / beta)
+        expected += sum(math.log1p(math.exp(float(h @ weights[n])) * beta / 3) for n in own if n != target)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-9)
 
 
