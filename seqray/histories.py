@@ -49,7 +49,7 @@ class HistoryReader:
     """Looks the events of queries up in the vocabulary and the event types of a bundle."""
 
     def __init__(self, bundle: Bundle, max_length: int) -> None:
-        self._index = bundle.vocabulary.index
+        self._vocabulary = bundle.vocabulary
         self._max_length = max_length
         data = bundle.config.data
         self._event_types: dict[str | None, int] = {name: n for n, name in enumerate(data.event_types, start=1)}
@@ -57,7 +57,7 @@ class HistoryReader:
 
     def read(self, query: Query) -> KnownHistory:
         """The newest events whose items are known."""
-        items = [self._index(item_id) for item_id in query.history]
+        items = self._vocabulary.index_list(query.history)
         known = [place for place, item in enumerate(items) if item]
         unknown: tuple[Hashable, ...] = ()
         if len(known) < len(items):

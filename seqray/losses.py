@@ -115,8 +115,8 @@ class GBCE(BCE):
 
     Petrov & Macdonald 2023, "gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative
     Sampling": beta = alpha (t (1 - 1 / alpha) + 1 / alpha), alpha = N / (num_items - 1). Their factor 1 / (N + 1) is
-    left out, as in `bce`, whose prior here is log(beta / N). The paper raises s to beta in float64; beta times log s says
-    the same in float32.
+    left out, as in `bce`, whose prior is log(beta / N) here. The paper raises s to beta in float64; beta times log s
+    says the same in float32.
     """
 
     Config: type[Component] = GBCEConfig

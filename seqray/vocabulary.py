@@ -29,9 +29,14 @@ class ItemVocabulary:
         """The item_index of an id, 0 when it is unknown."""
         return self._index.get(str(item_id), 0)
 
+    def index_list(self, item_ids: Iterable[Any]) -> list[int]:
+        """The item_index of each id, 0 where it is unknown."""
+        index = self._index.get
+        return [index(item_id if type(item_id) is str else str(item_id), 0) for item_id in item_ids]
+
     def indices(self, item_ids: Iterable[Any]) -> npt.NDArray[np.int64]:
         """The item_index of each id, 0 where it is unknown."""
-        return np.fromiter((self.index(item_id) for item_id in item_ids), np.int64)
+        return np.array(self.index_list(item_ids), np.int64)
 
     def item_id(self, item_index: int) -> Any:
         """The id at an item_index from 1 to len(self)."""

@@ -1,6 +1,5 @@
 """The answers of the API: their form for the OpenAPI document, and how a Recommendation becomes one."""
 
-import os
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from seqray.recommender import Influence, Recommendation
 from serve.bodies import plain
+from serve.request_id import chance
 from serve.served_model import ServedModel, Variant
 
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -103,7 +103,7 @@ def recommendation(
 
 def new_recommendation_id() -> str:
     """rec_ and a ULID: 48 bits of milliseconds and 80 random ones, so that ids sort by time."""
-    number = (time.time_ns() // 1_000_000 << 80) | int.from_bytes(os.urandom(10))
+    number = (time.time_ns() // 1_000_000 << 80) | chance.getrandbits(80)
     return "rec_" + "".join(CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 

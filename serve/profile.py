@@ -33,6 +33,7 @@ def set_environment(high_throughput: bool, retry_after_s: int, request_timeout_s
     wanted = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_worker_niceness": "0",  # Ray's 15 lets everything else on a machine go before the answers
         # A killed HAProxy is missed after three of these; of the usual 10 seconds each, half a minute of nothing.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.middleware:middlewares",

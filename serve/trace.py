@@ -1,7 +1,8 @@
 """W3C Trace Context: the `traceparent` of a request is passed on with its answer."""
 
-import os
 import re
+
+from serve.request_id import chance
 
 _FIT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-.*)?")
 
@@ -11,5 +12,5 @@ def pass_on(given: bytes) -> tuple[str, bytes] | None:
     found = _FIT.fullmatch(given) if len(given) <= 128 else None
     if found is None or (given.startswith(b"00") and found[3]):
         return None
-    span = os.urandom(8).hex().encode("ascii")
+    span = f"{chance.getrandbits(64) or 1:016x}".encode("ascii")
     return found[1].decode("ascii"), b"-".join((b"00", found[1], span, found[2]))

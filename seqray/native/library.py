@@ -35,9 +35,10 @@ def operators(build: bool) -> Any | None:
 
     Why they could not be compiled is logged once.
     """
-    if os.environ.get(SWITCH) == "off" or not _fits() or not (build or _file().exists()):
+    if os.environ.get(SWITCH) == "off" or not _fits():
         return None
-    return _load()
+    is_loaded = bool(_load.cache_info().currsize)  # to look for the file costs more than to ask
+    return _load() if is_loaded or build or _file().exists() else None
 
 
 @cache
