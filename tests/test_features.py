@@ -107,7 +107,7 @@ def test_other_types_make_another_store(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     ("types", "message"),
-    [([], "goes with columns.event"), (["a", "a"], "twice"), ([f"t{n}" for n in range(128)], "127")],
+    [([], "go with columns.event"), (["a", "a"], "twice"), ([f"t{n}" for n in range(128)], "127")],
 )
 def test_event_types_that_cannot_be(tmp_path: Path, types: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
