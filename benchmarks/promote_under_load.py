@@ -26,15 +26,11 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.serve_targets import make_bundle
 from seqray.bundle import Bundle
-from seqray.catalogue import Catalogue
-from seqray.config import Config
-from seqray.models.protocol import build_model
 from seqray.recommender import Query, Recommender
 
 ROOT = Path(__file__).parent.parent
@@ -141,21 +137,6 @@ def is_as(items: Items, expected: Items) -> bool:
     same = np.array([one == other for (one, _), (other, _) in zip(items, expected, strict=True)])
     close = bool(np.allclose(*scores, rtol=0, atol=TOLERANCE))
     return close and (bool(same.all()) or bool((np.diff(-scores[1])[~same[1:]] <= TOLERANCE).all()))
-
-
-def save_random(folder: Path, num_items: int, seed: int) -> Bundle:
-    """A bundle whose weights are drawn by `seed`."""
-    model = {"hidden_dim": 64, "num_blocks": 2, "max_length": 50}
-    config = Config.parse({"name": "load", "data": {"path": "none"}, "model": model})
-    ids = [f"item-{number}" for number in range(num_items)]
-    items = pa.table({"item_id": ids, "train_events": pa.array(range(num_items, 0, -1), pa.int64())})
-    torch.manual_seed(seed)
-    state = build_model(config.model, Catalogue(num_items, items, ())).state_dict()
-    state = {name: 20 * tensor if name.startswith("items.") else tensor for name, tensor in state.items()}
-    return Bundle.save(
-        folder, config=config, state=state, items=items, metrics={"baselines": {}}, data_fingerprint="random",
-        run_id=f"random-{seed}",
-    )  # fmt: skip
 
 
 def requests_of(bundle: Bundle, count: int, length: int, k: int) -> list[dict[str, Any]]:
@@ -267,7 +248,7 @@ def main() -> None:
 
 def run(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of the table."""
-    bundles = {str(number): save_random(folder / f"bundle-{number}", arguments.items, number) for number in (1, 2)}
+    bundles = {str(number): make_bundle(folder / f"bundle-{number}", arguments.items, number) for number in (1, 2)}
     asked = requests_of(bundles["1"], 200, arguments.history, 20)
     expected = answers_of(bundles, asked)
     with socket.create_server(("127.0.0.1", 0)) as listener:

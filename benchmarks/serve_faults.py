@@ -28,7 +28,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.promote_under_load import Answer, Expected, Load, Server, answers_of, requests_of, save_random
+from benchmarks.promote_under_load import Answer, Expected, Load, Server, answers_of, requests_of
+from benchmarks.serve_targets import make_bundle
 
 REFUSED = (429, 503, 504)
 PATIENCE_S = 60.0
@@ -61,7 +62,7 @@ def main() -> None:
 
 def run(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     """The rows of the table."""
-    bundle = save_random(folder / "bundle", arguments.items, 1)
+    bundle = make_bundle(folder / "bundle", arguments.items, 1)
     asked = requests_of(bundle, 200, 50, 20)
     expected = answers_of({"1": bundle}, asked)
     settings = [f"serve.bundle={bundle.folder}", "serve.min_replicas=2", "serve.max_replicas=2"]
@@ -150,8 +151,7 @@ def overload(served: Served, load: Load, asked: Sequence[dict[str, Any]], expect
             time.sleep(2 * HOLD_S)
         ended = time.monotonic()
         time.sleep(HOLD_S)
-    row = row_of(f"10 x overload ({10 * capacity:,.0f}/s asked)", [*load.answers, *flood.answers], ended, 0.0)
-    return {**row, "whole_s": None}
+    return row_of(f"10 x overload ({10 * capacity:,.0f}/s asked)", [*load.answers, *flood.answers], ended)
 
 
 def lose_a_node(
@@ -177,7 +177,7 @@ def lose_a_node(
                 began = time.monotonic()
                 cluster.remove_node(node, allow_graceful=False)
                 time.sleep(4 * HOLD_S)
-        return {**row_of("a node of two lost, with its replica", load.answers, began, 0.0), "whole_s": None}
+        return row_of("a node of two lost, with its replica", load.answers, began)
     finally:
         cluster.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
@@ -193,8 +193,8 @@ def seconds_until(holds: Callable[[], bool]) -> float:
     return float("inf")
 
 
-def row_of(name: str, answers: Sequence[Answer], began: float, whole_s: float) -> Row:
-    """The counts of a fault that was injected at `began`."""
+def row_of(name: str, answers: Sequence[Answer], began: float, whole_s: float | None = None) -> Row:
+    """The counts of a fault that was injected at `began`; whole_s: not given where nothing has to come back."""
     statuses = Counter(answer.status for answer in answers)
     refused = sum(statuses[status] for status in REFUSED)
     ill = [answer.done - began for answer in answers if answer.status != 200 and answer.done > began]
@@ -204,7 +204,7 @@ def row_of(name: str, answers: Sequence[Answer], began: float, whole_s: float) -
         "failed": len(answers) - statuses[200] - refused,
         "wrong": sum(answer.status == 200 and not answer.is_right for answer in answers),
         "p99_ms": round(waits[int(0.99 * (len(waits) - 1))], 1) if waits else None,
-        "well_s": round(max(ill, default=0.0), 2), "whole_s": round(whole_s, 2),
+        "well_s": round(max(ill, default=0.0), 2), "whole_s": None if whole_s is None else round(whole_s, 2),
     }  # fmt: skip
 
 

@@ -29,12 +29,15 @@ HISTORY = 50
 K = 20
 
 
-def make_bundle(folder: Path, num_items: int, hidden_dim: int = 64) -> Bundle:
-    """A SASRec (2 blocks, max_length 50) with random weights over made-up items: speed does not depend on training."""
+def make_bundle(folder: Path, num_items: int, seed: int = 0) -> Bundle:
+    """A SASRec (2 blocks, max_length 50) with random weights over made-up items: speed does not depend on training.
+
+    Weights of another seed give other answers, and scores that are far apart.
+    """
     config = Config.parse(
         {
             "name": "load", "data": {"path": "log.csv"},
-            "model": {"type": "sasrec", "hidden_dim": hidden_dim, "num_blocks": 2, "max_length": HISTORY},
+            "model": {"type": "sasrec", "hidden_dim": 64, "num_blocks": 2, "max_length": HISTORY},
         }
     )  # fmt: skip
     rows = range(1, num_items + 1)
@@ -47,11 +50,12 @@ def make_bundle(folder: Path, num_items: int, hidden_dim: int = 64) -> Bundle:
             "price": [row % 997 / 10 for row in rows],
         }
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     state = build_model(config.model, Catalogue(num_items, items)).state_dict()
+    state = {name: 20 * tensor if name.startswith("items.") else tensor for name, tensor in state.items()}
     return Bundle.save(
         folder, config=config, state=state, items=items, metrics={"baselines": {}}, data_fingerprint="made up",
-        run_id="load-1",
+        run_id=f"random-{seed}",
     )  # fmt: skip
 
 

@@ -39,6 +39,11 @@ class Cache:
         folder = Path(config.cache_folder).expanduser().absolute() if config.cache_folder else default_folder()
         return cls(folder, config.cache_days, int(config.cache_shards_gib * 2**30))
 
+    @property
+    def index_folder(self) -> Path:
+        """Where indexes of bundles are kept, see `seqray.index_file`; they stay until somebody deletes them."""
+        return self.folder / "indexes"
+
     def fetch(self, location: str | Path) -> Path:
         """A local folder with what is published at `location`: a local one as it is, a remote one as a copy.
 

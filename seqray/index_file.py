@@ -70,9 +70,10 @@ def open_retrieval(
 
 
 def _key(bundle: Bundle, config: RetrievalConfig) -> str:
-    settings = config.model_dump(include={"type", "neighbours", "effort", "lists"})
-    files = bundle.manifest["files"]
-    return hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()[:24]
+    # How it is searched is in it too: another recall has to be measured, and may be too low.
+    return hashlib.sha256(
+        json.dumps([config.model_dump(), bundle.manifest["files"]], sort_keys=True).encode()
+    ).hexdigest()[:24]
 
 
 def _write(index: Any, path: Path) -> None:

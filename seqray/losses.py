@@ -81,8 +81,8 @@ class BCE:
 
     s(x) is sigmoid(x + log(1 / N)): a score of 0 is the chance that a target has among its N negatives. Without that
     constant, which changes no ranking, all items must first learn to score far below 0, and with the output tied to the
-    input embedding they become nearly the same vector on the way (with 256 negatives nothing was learnt after that).
-    Lin et al. 2017, "Focal Loss for Dense Object Detection", section 3.3, start from such a prior too.
+    input embedding they become nearly the same vector on the way (with 256 negatives next to nothing was learnt after
+    that). Lin et al. 2017, "Focal Loss for Dense Object Detection", section 3.3, start from such a prior too.
     """
 
     Config: type[Component] = BCEConfig

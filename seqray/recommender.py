@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from seqray.bundle import Bundle
-from seqray.cache import default_folder
+from seqray.cache import Cache
 from seqray.explanation import influences
 from seqray.histories import HistoryReader, KnownHistory
 from seqray.index_file import open_retrieval
@@ -82,7 +82,7 @@ class Recommender:
         exact = ExactRetrieval(self._weights_VD, build_kernels)
         if config is None or config.type == "exact":
             return exact
-        folder = folder or default_folder() / "indexes"
+        folder = folder or Cache().index_folder
         return open_retrieval(self.bundle, self._model, self._histories, self._weights_VD, exact, config, folder)
 
     def recommend(self, queries: Sequence[Query | SimilarQuery]) -> list[Recommendation]:

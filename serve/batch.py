@@ -76,18 +76,13 @@ def score_users(config: Config, output: str) -> dict[str, Any]:
 
 def _bundle(config: Config) -> tuple["Bundle", str]:
     """The bundle that the endpoint would answer with, and its version."""
-    from seqray.folder import Folder
-    from serve.admission import Admission
-    from serve.promote import first_bundle
+    from serve.promote import first_bundle, named_bundle
     from serve.registry import Registry
 
-    if config.serve.registry is not None and Registry.at(config.serve.registry).head().champion is not None:
-        bundle, number = first_bundle(config)
-        return bundle, str(number)
-    if config.serve.bundle is None:
-        raise ConfigError("serve.bundle: name the bundle to score with, such as serve.bundle=.seqray/bundles/shop/RUN")
-    bundle = Admission.of(config).load(str(Folder.at(config.serve.bundle)))
-    return bundle, bundle.version
+    if config.serve.registry is None or Registry.at(config.serve.registry).head().champion is None:
+        return named_bundle(config)
+    bundle, number = first_bundle(config)
+    return bundle, str(number)
 
 
 def _plan(config: Config, bundle: "Bundle", version: str) -> "Plan":

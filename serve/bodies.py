@@ -16,7 +16,6 @@ from serve.depth import MAX_DEPTH, is_deeper
 from serve.fields import EVENT_TAG, ID_TAG, Strict
 from serve.problems import SHOWN_ERRORS, FieldError, Problem, pointer
 from serve.record import current
-from serve.request_id import fit_or_new
 
 MAX_BODY_BYTES = 2**20
 
@@ -79,11 +78,12 @@ def answer(body: Mapping[str, Any], headers: Mapping[str, str], status: int = 20
     return Response(encoded, status, headers=dict(headers), media_type="application/json")
 
 
-def answer_headers(request: Request, version: str | None = None) -> dict[str, str]:
+def answer_headers(version: str | None = None) -> dict[str, str]:
     """What every answer carries: the id of the request, and the version of the model that it was put to."""
-    headers = {"X-Request-Id": fit_or_new(request.headers.get("x-request-id", ""))}
+    record = current()
+    headers = {"X-Request-Id": record.request_id}
     if version is not None:
-        headers["X-Model-Version"] = current().version = version
+        headers["X-Model-Version"] = record.version = version
     return headers
 
 

@@ -71,7 +71,7 @@ def _build_index(config: Config, bundle: "Bundle") -> None:
         from seqray.cache import Cache
         from seqray.recommender import Recommender
 
-        folder = Cache.of(config.cluster).folder / "indexes"
+        folder = Cache.of(config.cluster).index_folder
         Recommender(bundle, retrieval=config.serve.retrieval, index_folder=folder)
 
 
@@ -97,20 +97,12 @@ def stop_cluster(is_local: bool) -> None:
 
 
 def _verified_bundle(config: Config) -> tuple["Bundle", str]:
-    from seqray.folder import Folder
-    from serve.admission import Admission
-    from serve.promote import first_bundle
+    from serve.promote import first_bundle, named_bundle
 
-    if config.serve.registry is not None:
-        bundle, number = first_bundle(config)
-        return bundle, str(number)
-    if config.serve.bundle is None:
-        raise ConfigError(
-            "serve.bundle: name the bundle to deploy, such as serve.bundle=.seqray/bundles/shop/RUN, or a registry "
-            "by serve.registry"
-        )
-    bundle = Admission.of(config).load(str(Folder.at(config.serve.bundle)))
-    return bundle, bundle.version
+    if config.serve.registry is None:
+        return named_bundle(config)
+    bundle, number = first_bundle(config)
+    return bundle, str(number)
 
 
 def _run(config: Config, bundle: "Bundle") -> str:

@@ -78,14 +78,15 @@ class Entrance:
 
 def _read_headers(record: Record, headers: list[tuple[bytes, bytes]]) -> bytes | None:
     """Notes what the log tells of the headers; the `traceparent` of the answer."""
-    traceparent = None
+    given, traceparent = "", None
     for name, value in headers:
         if name == b"x-request-id":
-            record.request_id = fit_or_new(value.decode("latin-1"))
+            given = value.decode("latin-1")
         elif name == b"traceparent":
             passed_on = pass_on(value)
             if passed_on is not None:
                 record.trace, traceparent = passed_on
+    record.request_id = fit_or_new(given)
     return traceparent
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -109,7 +109,7 @@ async def record(service: Service, request: Request) -> Response:
     receipt = await service.events.add(rows, _size(rows))
     current().lap("store")
     current().events = receipt.accepted
-    return answer(receipt._asdict(), answer_headers(request), 202)
+    return answer(receipt._asdict(), answer_headers(), 202)
 
 
 def _check_times(events: Sequence[LoggedEvent], now: float, max_age_days: float) -> None:
@@ -124,5 +124,5 @@ def _check_times(events: Sequence[LoggedEvent], now: float, max_age_days: float)
         raise invalid(errors)
 
 
-def _size(rows: Sequence[dict[str, Any] | Row]) -> int:
+def _size(rows: Sequence[Row]) -> int:
     return sum(ROW_BYTES + sum(len(value) for value in row.values() if isinstance(value, str)) for row in rows)

@@ -9,12 +9,12 @@ from serve.bodies import answer, answer_headers
 from serve.service import Service
 
 
-async def live(_service: Service, request: Request) -> Response:
+async def live(_service: Service, _request: Request) -> Response:
     """200 as long as the process answers; never depends on the model."""
-    return answer({"status": "live"}, answer_headers(request))
+    return answer({"status": "live"}, answer_headers())
 
 
-async def ready(service: Service, request: Request) -> Response:
+async def ready(service: Service, _request: Request) -> Response:
     """200 when the model was verified and has ranked a request."""
     model = service.champion
     body: dict[str, Any] = {"status": "ready", "model": model.about}
@@ -22,4 +22,4 @@ async def ready(service: Service, request: Request) -> Response:
         challenger = service.models.challenger
         body["challenger"] = challenger.about if challenger is not None else None
         body["failed"] = sorted(map(str, service.registry.failed))
-    return answer(body, answer_headers(request, model.version))
+    return answer(body, answer_headers(model.version))

@@ -8,6 +8,6 @@ from serve.bodies import answer_headers
 from serve.service import Service
 
 
-async def metrics(service: Service, request: Request) -> Response:
+async def metrics(service: Service, _request: Request) -> Response:
     """The measures of the replica that answers, as Prometheus reads them."""
-    return Response(service.measures.text(), headers=answer_headers(request), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    return Response(service.measures.text(), headers=answer_headers(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

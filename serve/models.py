@@ -69,7 +69,7 @@ class ModelsResponse(Told):
     """Comparisons since the replica started: compared, dropped, failed, mean overlap and score_difference."""
 
 
-async def models(service: Service, request: Request) -> Response:
+async def models(service: Service, _request: Request) -> Response:
     """The models of this replica, the aliases that the registry wants, and what failed."""
     answering = service.models
     found = [answering.champion, *([answering.challenger] if answering.challenger is not None else [])]
@@ -80,7 +80,7 @@ async def models(service: Service, request: Request) -> Response:
         registry=None if service.registry is None else _registry(service.registry),
         shadow=None if service.shadow is None else asdict(service.shadow.counts),
     )
-    return answer(body.model_dump(mode="json"), answer_headers(request, answering.champion.version))
+    return answer(body.model_dump(mode="json"), answer_headers(answering.champion.version))
 
 
 def _model(model: ServedModel) -> ModelResponse:

@@ -30,20 +30,20 @@ HEADERS = {
 }
 
 
-async def index(_service: Service, request: Request) -> Response:
+async def index(_service: Service, _request: Request) -> Response:
     """The page itself."""
-    return _file("index.html", request)
+    return _file("index.html")
 
 
 async def part(_service: Service, request: Request) -> Response:
     """Its styles, scripts and icon."""
-    return _file(request.path_params["name"], request)
+    return _file(request.path_params["name"])
 
 
-def _file(name: str, request: Request) -> Response:
+def _file(name: str) -> Response:
     if name not in MEDIA_TYPES:
         raise Problem(404, "There is nothing at this path.")
-    return Response(_content(name), headers={**answer_headers(request), **HEADERS}, media_type=MEDIA_TYPES[name])
+    return Response(_content(name), headers={**answer_headers(), **HEADERS}, media_type=MEDIA_TYPES[name])
 
 
 @cache

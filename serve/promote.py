@@ -21,11 +21,11 @@ def promote(
     head = registry.head()
     if isinstance(bundle, int):
         version = registry.version(bundle)
-        _check(registry, admission, version)
+        _check_ranks(admission.load(registry.bundle(version), version.manifest_sha256))
     else:
         size = admission.num_bytes(bundle)
         loaded = admission.load(bundle)
-        ServedModel(Recommender(loaded), loaded.config.name, "champion", 1).warm_up()
+        _check_ranks(loaded)
         version = registry.add(loaded, size)
     holder = "challenger" if challenger and version.number == head.challenger else "champion"
     if version.number in (head.champion, head.challenger if challenger else None):
@@ -39,7 +39,8 @@ def rollback(registry: Registry, admission: Admission, why: str = "") -> Change:
     """Makes the champion of before the champion again; said again, the one before that."""
     change = registry.head().rolled_back(why)
     assert change.new is not None
-    _check(registry, admission, registry.version(change.new))
+    version = registry.version(change.new)
+    _check_ranks(admission.load(registry.bundle(version), version.manifest_sha256))
     registry.change(change)
     return change
 
@@ -80,6 +81,16 @@ def first_bundle(config: Config) -> tuple[Bundle, int]:
     raise BundleError(f"{registry.folder}: no champion that can answer: {'; '.join(reasons)}")
 
 
-def _check(registry: Registry, admission: Admission, version: Version) -> None:
-    loaded = admission.load(registry.bundle(version), version.manifest_sha256)
-    ServedModel(Recommender(loaded), loaded.config.name, "champion", 1).warm_up()
+def named_bundle(config: Config) -> tuple[Bundle, str]:
+    """The bundle of `serve.bundle`, verified, and its version; ConfigError without one, BundleError."""
+    if config.serve.bundle is None:
+        raise ConfigError(
+            "serve.bundle: name the bundle, such as serve.bundle=.seqray/bundles/shop/RUN, or a registry by "
+            "serve.registry"
+        )
+    bundle = Admission.of(config).load(str(Folder.at(config.serve.bundle)))
+    return bundle, bundle.version
+
+
+def _check_ranks(bundle: Bundle) -> None:
+    ServedModel(Recommender(bundle), bundle.config.name, "champion", 1).warm_up()

@@ -46,7 +46,7 @@ async def batch(service: Service, request: Request) -> Response:
     asked = parse(BatchRequest, await read_json(request)).requests
     models = service.models  # for all of them, so that a new model does not come in between
     entries = (_entry(service, models, data, ("requests", place), began) for place, data in enumerate(asked))
-    return answer({"results": await asyncio.gather(*entries)}, answer_headers(request))
+    return answer({"results": await asyncio.gather(*entries)}, answer_headers())
 
 
 async def similar_items(service: Service, request: Request) -> Response:
@@ -56,7 +56,7 @@ async def similar_items(service: Service, request: Request) -> Response:
     model = service.champion
     found = await _in_time(service, model, asked.asked(model.recommender), asked.deadline_ms, began)
     body = recommendation(model, found, asked.include, _no_item(found, asked.filter))
-    return answer(body, answer_headers(request, model.version))
+    return answer(body, answer_headers(model.version))
 
 
 async def _one_context(service: Service, request: Request, kind: type[Context]) -> Response:
@@ -64,7 +64,7 @@ async def _one_context(service: Service, request: Request, kind: type[Context]) 
     read = read_context(kind, await read_json(request))
     model = service.models.for_user(read.context.who)
     body = await _context_body(service, model, read, began)
-    return answer(body, answer_headers(request, model.version))
+    return answer(body, answer_headers(model.version))
 
 
 async def _entry(service: Service, models: Models, data: Any, path: Path, began: float) -> dict[str, Any]:

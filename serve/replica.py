@@ -38,7 +38,7 @@ class Replica:
         serve = ServeConfig.model_validate(settings)
         admission = Admission(trusted, serve.max_bundle_mb, serve.max_items, cache)
         threads = math.ceil(serve.cpus_per_replica)
-        indexes = (cache or Cache()).folder / "indexes"
+        indexes = (cache or Cache()).index_folder
         loader = ModelLoader(name, serve.device, threads, serve.max_batch_size, admission, serve.retrieval, indexes)
         follower = None
         if serve.registry is None:

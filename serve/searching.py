@@ -53,7 +53,7 @@ async def items(service: Service, request: Request) -> Response:
     found = [
         {"item_id": plain(item_id), "metadata": plain(about)} for item_id, about in zip(ids, metadata, strict=True)
     ]
-    return answer({"model": model.about, "items": found, "total": total}, answer_headers(request, model.version))
+    return answer({"model": model.about, "items": found, "total": total}, answer_headers(model.version))
 
 
 def _parameters(request: Request) -> ItemsQuery:

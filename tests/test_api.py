@@ -12,7 +12,7 @@ from serve.application import build_application
 from serve.served_model import ServedModel
 from serve.service import Service
 
-SHOES = {"field": "price", "lt": 20}
+CHEAP = {"field": "price", "lt": 20}
 
 
 class GatedRecommender(Recommender):
@@ -55,8 +55,8 @@ def pointers(response) -> list[str]:
 
 
 def test_a_filter_over_http_gives_what_it_gives_offline(client: TestClient, recommender: Recommender) -> None:
-    body = client.post("/v1/recommend", json={"history": ["i1"], "k": 30, "filter": SHOES}).json()
-    [expected] = recommender.recommend([Query(("i1",), 30, filter=recommender.read_filter(SHOES))])
+    body = client.post("/v1/recommend", json={"history": ["i1"], "k": 30, "filter": CHEAP}).json()
+    [expected] = recommender.recommend([Query(("i1",), 30, filter=recommender.read_filter(CHEAP))])
     assert ids(body) == [item.item_id for item in expected.items]
     assert len(body["items"]) == 9
     assert body["warnings"] == []
@@ -73,7 +73,7 @@ def test_a_filter_that_no_item_meets_is_an_empty_answer_with_a_warning(client: T
     ("chosen", "pointer"),
     [
         ({"field": "colour", "eq": 1}, "/filter/field"),
-        ({"all": [SHOES, {"field": "price", "eq": "x"}]}, "/filter/all/1/eq"),
+        ({"all": [CHEAP, {"field": "price", "eq": "x"}]}, "/filter/all/1/eq"),
         ([], "/filter"),
         ("price < 3", "/filter"),
     ],
@@ -105,9 +105,9 @@ def test_a_batch_has_1_to_64_requests(client: TestClient, requests: object) -> N
 
 
 def test_similar_items(client: TestClient, recommender: Recommender) -> None:
-    asked = {"item_id": "i3", "k": 5, "exclude_items": ["i5"], "filter": SHOES, "include": ["score", "metadata"]}
+    asked = {"item_id": "i3", "k": 5, "exclude_items": ["i5"], "filter": CHEAP, "include": ["score", "metadata"]}
     body = client.post("/v1/similar-items", json=asked).json()
-    query = SimilarQuery("i3", 5, ("i5",), filter=recommender.read_filter(SHOES))
+    query = SimilarQuery("i3", 5, ("i5",), filter=recommender.read_filter(CHEAP))
     [expected] = recommender.recommend([query])
     assert ids(body) == [item.item_id for item in expected.items]
     assert [item["score"] for item in body["items"]] == pytest.approx([item.score for item in expected.items])

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.promote_under_load import Load, Server, answers_of, measure, requests_of, save_random
+from benchmarks.promote_under_load import Load, Server, answers_of, measure, requests_of
+from benchmarks.serve_targets import make_bundle
 
 
 def test_promote_and_rollback_under_load_lose_no_request_and_no_process(module_port: int) -> None:
     folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))  # short: Ray's sockets are below it
     try:
-        bundles = {str(number): save_random(folder / f"bundle-{number}", 100, number) for number in (1, 2)}
+        bundles = {str(number): make_bundle(folder / f"bundle-{number}", 100, number) for number in (1, 2)}
         asked = requests_of(bundles["1"], 20, 5, 10)
         server = Server(folder, module_port, f"serve.bundle={bundles['1'].folder}", "serve.max_replicas=1")
         try:

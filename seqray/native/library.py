@@ -63,7 +63,7 @@ def _load() -> Any | None:
             _build(_file())
         torch.ops.load_library(_file())  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError, SubprocessError) as error:
-        log.warning("CPU kernels are not at hand, training goes on without them and slower: %s", error)
+        log.warning("CPU kernels are not at hand, the work goes on without them and slower: %s", error)
         return None
     return torch.ops.seqray
 

@@ -22,6 +22,7 @@ namespace seqray {
 namespace {
 
 constexpr int64_t ITEMS = 256, QUERIES = 16, FEWEST = 64;
+// FEWEST: candidates of a query before the first sifting; more of them cost more than sifting sooner.
 constexpr float ROUNDING = 0.00785f;  // 2^-8 in each factor, and float32's share
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
