@@ -52,10 +52,31 @@ def test_equal_scores_are_in_the_order_of_the_catalogue() -> None:
     check(torch.randn(3, 32), weights_VD, [500, 10, 151], [[1, 1, 2], [], []], [None] * 3)
 
 
-def test_scores_that_differ_by_less_than_bf16_can_tell_are_told_apart() -> None:
+def test_scores_that_differ_by_less_than_the_rounding_are_told_apart() -> None:
     torch.manual_seed(0)
     weights_VD = torch.randn(1, 64) + 1e-2 * torch.randn(4000, 64)
     check(weights_VD[7:8], weights_VD, [20], [[]], [None])
+
+
+def test_rows_of_very_different_sizes() -> None:
+    torch.manual_seed(0)
+    sizes_V1 = 10 ** torch.linspace(-20, 3, 3000)[torch.randperm(3000)].unsqueeze(1)
+    weights_VD = torch.randn(3000, 24) * sizes_V1
+    weights_VD[1:200] = 0
+    hidden_BD = torch.randn(4, 24) * torch.tensor([[1e-20], [1.0], [1e3], [0.0]])
+    check(hidden_BD, weights_VD, [30, 2000, 100, 5], [[]] * 4, [None, None, torch.arange(3000) < 150, None])
+
+
+def test_a_query_that_is_no_number_has_no_items_and_harms_no_other() -> None:
+    torch.manual_seed(0)
+    weights_VD, hidden_BD = torch.randn(300, 16), torch.randn(3, 16)
+    hidden_BD[0, 3], hidden_BD[2, 0] = float("nan"), float("inf")
+    top = TopItems.of(weights_VD, build=True)
+    assert top is not None
+    index_BK, values_BK = top.best(hidden_BD, [5] * 3, [[]] * 3, [None] * 3)
+    assert not index_BK[[0, 2]].any()
+    assert (values_BK[[0, 2]] == NEVER).all()
+    assert index_BK[1].tolist() == expected(hidden_BD[1:2], weights_VD, [5], [[]], [None])[0][0]
 
 
 def test_an_answer_is_the_same_in_any_batch_and_on_any_threads() -> None:

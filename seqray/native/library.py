@@ -1,8 +1,8 @@
 """The kernels of this folder, compiled once for a user and loaded into PyTorch as `torch.ops.seqray`.
 
-They need a CPU with AVX-512 and bf16 and, the first time, a C++ compiler. The product lies beside PyTorch's own
-extensions (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`) under a name that changes with the sources, the
-flags and PyTorch. SEQRAY_NATIVE=off does without.
+They need a CPU with AVX-512, its bf16 and its VNNI and, the first time, a C++ compiler. The product lies beside
+PyTorch's own extensions (`TORCH_EXTENSIONS_DIR`, else `~/.cache/torch_extensions`) under a name that changes with the
+sources, the flags and PyTorch. SEQRAY_NATIVE=off does without.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-FLAGS = ("-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-fPIC")
+FLAGS = ("-O3", "-std=c++20", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-fopenmp", "-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 600
 """After which a compiler is given up."""
@@ -43,7 +43,8 @@ def operators(build: bool) -> Any | None:
 
 @cache
 def _fits() -> bool:
-    return platform.system() == "Linux" and bool(torch.cpu._is_avx512_bf16_supported())
+    is_linux = platform.system() == "Linux"
+    return is_linux and bool(torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported())
 
 
 @cache

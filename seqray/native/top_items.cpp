@@ -1,9 +1,11 @@
 // The k items with the largest scores, exactly, without a list of all scores.
 //
-// A tile of ITEMS items meets all queries at once in bf16. Such a score is off by no more than `slack` (Cauchy-Schwarz
+// A tile of ITEMS items meets all queries at once in int8. Such a score is off by no more than `slack` (Cauchy-Schwarz
 // over the rounding of both factors), so an item whose rounded score is more than two slacks below the k-th best one
 // so far cannot be among the k best. Few are left; these are scored again in float32, each sum in the same order
 // whatever the batch and the threads, and sorted: equal scores by lower item_index.
+//
+// What all items have in common moves all scores of a query alike, so that it is taken out before the rounding.
 //
 // Shapes: B queries, D hidden (K: padded for products), V items + padding, P pairs (query, excluded item).
 
@@ -13,6 +15,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "bf16.h"
@@ -21,9 +24,10 @@
 namespace seqray {
 namespace {
 
-constexpr int64_t ITEMS = 256, QUERIES = 16, FEWEST = 64;
+constexpr int64_t ITEMS = 64, VECTORS = ITEMS / LANES, QUERIES = 4, FEWEST = 64;
+// QUERIES of a product: with more of them the compiler runs out of registers.
 // FEWEST: candidates of a query before the first sifting; more of them cost more than sifting sooner.
-constexpr float ROUNDING = 0.00785f;  // 2^-8 in each factor, and float32's share
+constexpr float LARGEST = 127, ROUNDING = 1e-5f;  // ROUNDING: float32's, of any product
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 struct Scored {
@@ -49,7 +53,8 @@ struct Limits {
 class Candidates {
  public:
   void begin(int64_t k, float slack) {
-    k_ = k, slack_ = slack, limit = NEVER, room_ = std::max(4 * k, FEWEST);
+    k_ = k, slack_ = slack, room_ = std::max(4 * k, FEWEST);
+    limit = std::isfinite(slack) ? NEVER : -NEVER;
     items.clear();
   }
 
@@ -58,57 +63,21 @@ class Candidates {
     if (static_cast<int64_t>(items.size()) >= room_) sift();
   }
 
-  float limit;  // of a rounded score that matters
-  std::vector<Scored> items;
-
- private:
   void sift() {
+    if (static_cast<int64_t>(items.size()) < k_) return;
     std::nth_element(items.begin(), items.begin() + (k_ - 1), items.end());
     limit = items[k_ - 1].score - 2 * slack_;
     std::erase_if(items, [&](const Scored& one) { return one.score < limit; });
     room_ = std::max<int64_t>(room_, 2 * items.size());
   }
 
+  float limit;  // of a rounded score that matters
+  std::vector<Scored> items;
+
+ private:
   int64_t k_, room_;
   float slack_;
 };
-
-struct Inputs {
-  int64_t B, D, V;
-  const float *hidden, *weights;
-  const bf16* packed;
-  std::vector<Limits> limits;
-
-  int64_t K() const { return rounded(D, 32); }
-  int64_t tiles() const { return (V + ITEMS - 1) / ITEMS; }
-};
-
-// What of a tile's scores of a query matters.
-void take(const float* scores, int64_t tile, int64_t count, const Limits& limits, Candidates& found) {
-  const __m512 limit = _mm512_set1_ps(found.limit);
-  columns(count, [&](int64_t i, __mmask16 some) {
-    uint32_t above = _mm512_mask_cmp_ps_mask(some, _mm512_loadu_ps(scores + i), limit, _CMP_GE_OQ);
-    for (; above; above &= above - 1) {
-      const int64_t place = i + __builtin_ctz(above), item = tile * ITEMS + place;
-      if (scores[place] >= found.limit && item && limits.pass(item)) found.add(scores[place], item);
-    }
-  });
-}
-
-// Goes through the tiles first to stop for all queries, a few at a time so that their scores stay in the nearest cache.
-void sweep(const Inputs& in, const bf16* hidden, int64_t first, int64_t stop, std::vector<Candidates>& found) {
-  thread_local Scratch<float> scratch;
-  float* scores = scratch.of(QUERIES * ITEMS);
-  for (int64_t tile = first; tile < stop; tile++) {
-    const int64_t items = std::min(ITEMS, in.V - tile * ITEMS);
-    for (int64_t b = 0; b < in.B; b += QUERIES) {
-      const int64_t count = std::min(QUERIES, in.B - b);
-      const bf16* weights = in.packed + tile * ITEMS * in.K();
-      product(count, ITEMS, in.K(), hidden + b * in.K(), in.K(), weights, ITEMS, scores, ITEMS, false);
-      for (int64_t q = 0; q < count; q++) take(scores + q * ITEMS, tile, items, in.limits[b + q], found[b + q]);
-    }
-  }
-}
 
 float dot(const float* left, const float* right, int64_t D) {
   __m512 sum = _mm512_setzero_ps();
@@ -116,32 +85,177 @@ float dot(const float* left, const float* right, int64_t D) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// The best of all that the sweeps left of a query.
-std::vector<Scored> best(const Inputs& in, int64_t b, std::vector<std::vector<Candidates>>& found) {
-  std::vector<Scored> all;
-  for (auto& part : found) {
-    for (const Scored& one : part[b].items) {
-      all.push_back({dot(in.hidden + b * in.D, in.weights + one.item * in.D, in.D), one.item});
+float norm(const float* row, int64_t D) { return std::sqrt(dot(row, row, D)); }
+
+// A row in int8: what a step stands for, the norm of the rounded row and of what the rounding took.
+struct Rounded {
+  Rounded(const float* row, int64_t D, int8_t* into) {
+    float largest = 0;
+    for (int64_t i = 0; i < D; i++) largest = std::max(largest, std::abs(row[i]));
+    step = largest > 0 ? largest / LARGEST : 1;
+    float squares = 0, of_rest = 0;
+    for (int64_t i = 0; i < D; i++) {
+      into[i] = static_cast<int8_t>(std::lrint(std::clamp(row[i] / step, -LARGEST, LARGEST)));
+      const float value = into[i] * step, rest = row[i] - value;
+      squares += value * value, of_rest += rest * rest;
+    }
+    size = std::sqrt(squares), error = std::sqrt(of_rest);
+  }
+
+  float step, size, error;
+};
+
+// The catalogue as pack_items made it.
+struct Items {
+  int64_t V, D;
+  const uint8_t* codes;         // (tiles, K / 4, ITEMS, 4): int8 + 128
+  const float *weights, *step;  // (V, D), (tiles * ITEMS)
+  float size, error, norm;      // the largest of all items
+
+  int64_t K() const { return rounded(D, 4); }
+  int64_t tiles() const { return (V + ITEMS - 1) / ITEMS; }
+};
+
+// The queries; their scores are in steps of their own.
+struct Queries {
+  Queries(const Items& items, const at::Tensor& hidden, std::vector<Limits> limits)
+      : B(hidden.size(0)), hidden(hidden.const_data_ptr<float>()), limits(std::move(limits)), codes(B * items.K()),
+        offset(B), slack(B) {
+    for (int64_t b = 0; b < B; b++) {
+      int8_t* into = codes.data() + b * items.K();
+      const float* row = this->hidden + b * items.D;
+      const Rounded code(row, items.D, into);
+      for (int64_t i = 0; i < items.D; i++) offset[b] -= 128 * into[i];
+      const float whole = norm(row, items.D), off = whole * (items.error + ROUNDING * items.norm);
+      slack[b] = (off + code.error * items.size) / code.step;
     }
   }
-  const int64_t count = std::min<int64_t>(in.limits[b].k, all.size());
+
+  int64_t B;
+  const float* hidden;
+  std::vector<Limits> limits;
+  std::vector<int8_t> codes;
+  std::vector<int32_t> offset;  // of the items' 128
+  std::vector<float> slack;     // not finite: the query has no scores
+};
+
+// What of a tile's scores of a query matters.
+void take(const float* scores, uint64_t above, int64_t tile, const Limits& limits, Candidates& found) {
+  for (; above; above &= above - 1) {
+    const int64_t place = __builtin_ctzll(above), item = tile * ITEMS + place;
+    if (scores[place] >= found.limit && item && limits.pass(item)) found.add(scores[place], item);
+  }
+}
+
+// A tile meets COUNT queries from `b` on.
+template <int COUNT>
+void meet(const Items& items, const Queries& queries, int64_t tile, int64_t b, Candidates* found) {
+  const int64_t K = items.K();
+  const uint8_t* codes = items.codes + tile * ITEMS * K;
+  const int8_t* query = queries.codes.data() + b * K;
+  __m512i sums[COUNT][VECTORS];
+#pragma GCC unroll 4
+  for (int q = 0; q < COUNT; q++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) sums[q][v] = _mm512_set1_epi32(queries.offset[b + q]);
+  }
+  for (int64_t k = 0; k < K; k += 4, codes += 4 * ITEMS) {
+    __m512i weights[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) weights[v] = _mm512_loadu_si512(codes + v * 64);
+#pragma GCC unroll 4
+    for (int q = 0; q < COUNT; q++) {
+      int32_t four;
+      std::memcpy(&four, query + q * K + k, 4);
+      const __m512i factors = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) sums[q][v] = _mm512_dpbusd_epi32(sums[q][v], weights[v], factors);
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < COUNT; q++) {
+    const __m512 limit = _mm512_set1_ps(found[q].limit);
+    __m512 scores[VECTORS];
+    uint64_t above = 0;
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) {
+      const __m512 step = _mm512_loadu_ps(items.step + tile * ITEMS + v * LANES);
+      scores[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[q][v]), step);
+      above |= static_cast<uint64_t>(_mm512_cmp_ps_mask(scores[v], limit, _CMP_GE_OQ)) << (v * LANES);
+    }
+    if (const int64_t left = items.V - tile * ITEMS; left < ITEMS) above &= (uint64_t{1} << left) - 1;
+    if (above) [[unlikely]] {
+      alignas(64) float kept[ITEMS];
+      for (int v = 0; v < VECTORS; v++) _mm512_store_ps(kept + v * LANES, scores[v]);
+      take(kept, above, tile, queries.limits[b + q], found[q]);
+    }
+  }
+}
+
+using Meet = void (*)(const Items&, const Queries&, int64_t, int64_t, Candidates*);
+constexpr Meet MEET[QUERIES] = {meet<1>, meet<2>, meet<3>, meet<4>};
+
+// Goes through the tiles first to stop for all queries, in groups of about the same size.
+void sweep(const Items& items, const Queries& queries, int64_t first, int64_t stop, std::vector<Candidates>& found) {
+  const int64_t B = queries.B, groups = (B + QUERIES - 1) / QUERIES;
+  for (int64_t tile = first; tile < stop; tile++) {
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t b = g * B / groups, count = (g + 1) * B / groups - b;
+      MEET[count - 1](items, queries, tile, b, found.data() + b);
+    }
+  }
+}
+
+// The best of all that the sweeps left of a query.
+std::vector<Scored> best(
+    const Items& items, const Queries& queries, int64_t b, std::vector<std::vector<Candidates>>& found) {
+  std::vector<Scored> all;
+  for (auto& part : found) {
+    part[b].sift();
+    for (const Scored& one : part[b].items) {
+      const float* weights = items.weights + one.item * items.D;
+      all.push_back({dot(queries.hidden + b * items.D, weights, items.D), one.item});
+    }
+  }
+  const int64_t count = std::min<int64_t>(queries.limits[b].k, all.size());
   std::partial_sort(all.begin(), all.begin() + count, all.end());
   all.resize(count);
   return all;
 }
 
-// The catalogue's weights (V, D) in bf16, tile by tile, as the products want them.
-at::Tensor pack_items(const at::Tensor& weights) {
+// The mean of the rows (D).
+std::vector<float> mean_row(const float* rows, int64_t V, int64_t D) {
+  std::vector<double> sums(D);
+  for (int64_t v = 1; v < V; v++) {
+    for (int64_t i = 0; i < D; i++) sums[i] += rows[v * D + i];
+  }
+  std::vector<float> mean(D);
+  for (int64_t i = 0; i < D; i++) mean[i] = static_cast<float>(sums[i] / std::max<int64_t>(V - 1, 1));
+  return mean;
+}
+
+// The catalogue's weights (V, D): `codes` and `step` of Items, and its `size`, `error` and `norm`.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_items(const at::Tensor& weights) {
   TORCH_CHECK(weights.is_contiguous() && weights.scalar_type() == at::kFloat);
-  const int64_t V = weights.size(0), D = weights.size(1), K = rounded(D, 32), tiles = (V + ITEMS - 1) / ITEMS;
-  at::Tensor packed = at::empty(tiles * ITEMS * K, at::kBFloat16);
-  bf16* into = packed.mutable_data_ptr<bf16>();
+  const int64_t V = weights.size(0), D = weights.size(1), K = rounded(D, 4), tiles = (V + ITEMS - 1) / ITEMS;
   const float* from = weights.const_data_ptr<float>();
-  share<bf16>(tiles, [&](int64_t t) {
-    const int64_t count = std::min(ITEMS, V - t * ITEMS);
-    pair_columns(from + t * ITEMS * D, D, count, D, into + t * ITEMS * K, ITEMS, K);
-  });
-  return packed;
+  at::Tensor codes = at::zeros(tiles * ITEMS * K, at::kByte), steps = at::zeros(tiles * ITEMS, at::kFloat);
+  at::Tensor bounds = at::zeros(3, at::kFloat);
+  uint8_t* into = codes.mutable_data_ptr<uint8_t>();
+  float *step = steps.mutable_data_ptr<float>(), *bound = bounds.mutable_data_ptr<float>();
+  const std::vector<float> mean = mean_row(from, V, D);
+  std::vector<float> row(D);
+  std::vector<int8_t> code(D);
+  for (int64_t v = 1; v < V; v++) {
+    for (int64_t i = 0; i < D; i++) row[i] = from[v * D + i] - mean[i];
+    const Rounded found(row.data(), D, code.data());
+    uint8_t* tile = into + v / ITEMS * ITEMS * K + v % ITEMS * 4;
+    for (int64_t i = 0; i < D; i++) tile[i / 4 * 4 * ITEMS + i % 4] = static_cast<uint8_t>(code[i] + 128);
+    step[v] = found.step;
+    bound[0] = std::max(bound[0], found.size), bound[1] = std::max(bound[1], found.error);
+    bound[2] = std::max(bound[2], norm(from + v * D, D));
+  }
+  return {codes, steps, bounds};
 }
 
 std::vector<Limits> limits_of(
@@ -160,35 +274,39 @@ std::vector<Limits> limits_of(
   return limits;
 }
 
-// item_index (B, K) and score of the best items of each query, 0 and -inf where fewer are allowed. `k` (B); `excluded`
-// (P): ascending for each query, up to `ends` (B); `allowed`: a mask (V) for each query, or empty.
+// item_index (B, K) and score of the best items of each query, 0 and -inf where fewer are allowed. `codes`, `step` and
+// `bounds`: of pack_items; `k` (B); `excluded` (P): ascending for each query, up to `ends` (B); `allowed`: a mask (V)
+// for each query, or empty.
 std::tuple<at::Tensor, at::Tensor> top_items(
-    const at::Tensor& hidden, const at::Tensor& weights, const at::Tensor& packed, double largest_norm,
-    const at::Tensor& k, const at::Tensor& excluded, const at::Tensor& ends, const std::vector<at::Tensor>& allowed) {
+    const at::Tensor& hidden, const at::Tensor& weights, const at::Tensor& codes, const at::Tensor& step,
+    const at::Tensor& bounds, const at::Tensor& k, const at::Tensor& excluded, const at::Tensor& ends,
+    const std::vector<at::Tensor>& allowed) {
   TORCH_CHECK(hidden.is_contiguous() && weights.is_contiguous() && hidden.size(1) == weights.size(1));
-  Inputs in{hidden.size(0), hidden.size(1), weights.size(0), hidden.const_data_ptr<float>(),
-            weights.const_data_ptr<float>(), packed.const_data_ptr<bf16>(), {}};
-  TORCH_CHECK(k.numel() == in.B && ends.numel() == in.B && static_cast<int64_t>(allowed.size()) == in.B && in.B > 0);
-  in.limits = limits_of(k, excluded, ends, allowed, in.V);
-  at::Tensor narrowed = at::empty({in.B, in.K()}, at::kBFloat16);
-  bf16* rows = narrowed.mutable_data_ptr<bf16>();
-  narrow_rows(in.hidden, in.D, in.B, in.D, rows, in.B, in.K());
-  const int64_t parts = std::min<int64_t>(at::get_num_threads(), in.tiles());
-  std::vector<std::vector<Candidates>> found(parts, std::vector<Candidates>(in.B));
+  const float* bound = bounds.const_data_ptr<float>();
+  const Items items{
+      weights.size(0), weights.size(1), codes.const_data_ptr<uint8_t>(), weights.const_data_ptr<float>(),
+      step.const_data_ptr<float>(), bound[0], bound[1], bound[2]};
+  const int64_t B = hidden.size(0);
+  TORCH_CHECK(codes.numel() == items.tiles() * ITEMS * items.K() && step.numel() == items.tiles() * ITEMS);
+  TORCH_CHECK(k.numel() == B && ends.numel() == B && static_cast<int64_t>(allowed.size()) == B && B > 0);
+  const Queries queries(items, hidden, limits_of(k, excluded, ends, allowed, items.V));
+  const int64_t parts = std::min<int64_t>(at::get_num_threads(), items.tiles());
+  std::vector<std::vector<Candidates>> found(parts, std::vector<Candidates>(B));
   int64_t K = 1;
-  for (int64_t b = 0; b < in.B; b++) {
-    const float norm = std::sqrt(dot(in.hidden + b * in.D, in.hidden + b * in.D, in.D));
-    for (auto& part : found) part[b].begin(in.limits[b].k, ROUNDING * norm * largest_norm + 1e-30f);
-    K = std::max(K, in.limits[b].k);
+  for (int64_t b = 0; b < B; b++) {
+    for (auto& part : found) part[b].begin(queries.limits[b].k, queries.slack[b]);
+    K = std::max(K, queries.limits[b].k);
   }
-  share<bf16>(parts, [&](int64_t p) {
-    sweep(in, rows, p * in.tiles() / parts, (p + 1) * in.tiles() / parts, found[p]);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+      sweep(items, queries, p * items.tiles() / parts, (p + 1) * items.tiles() / parts, found[p]);
+    }
   });
-  at::Tensor index = at::zeros({in.B, K}, at::kLong), scores = at::empty({in.B, K}, at::kFloat);
-  std::fill(scores.mutable_data_ptr<float>(), scores.mutable_data_ptr<float>() + in.B * K, NEVER);
-  for (int64_t b = 0; b < in.B; b++) {
+  at::Tensor index = at::zeros({B, K}, at::kLong), scores = at::empty({B, K}, at::kFloat);
+  std::fill(scores.mutable_data_ptr<float>(), scores.mutable_data_ptr<float>() + B * K, NEVER);
+  for (int64_t b = 0; b < B; b++) {
     int64_t place = b * K;
-    for (const Scored& one : best(in, b, found)) {
+    for (const Scored& one : best(items, queries, b, found)) {
       index.mutable_data_ptr<int64_t>()[place] = one.item;
       scores.mutable_data_ptr<float>()[place++] = one.score;
     }
@@ -199,10 +317,10 @@ std::tuple<at::Tensor, at::Tensor> top_items(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqray, library) {
-  library.def("pack_items(Tensor weights) -> Tensor", &pack_items);
+  library.def("pack_items(Tensor weights) -> (Tensor, Tensor, Tensor)", &pack_items);
   library.def(
-      "top_items(Tensor hidden, Tensor weights, Tensor packed, float largest_norm, Tensor k, Tensor excluded, Tensor "
-      "ends, Tensor[] allowed) -> (Tensor, Tensor)",
+      "top_items(Tensor hidden, Tensor weights, Tensor codes, Tensor step, Tensor bounds, Tensor k, Tensor excluded, "
+      "Tensor ends, Tensor[] allowed) -> (Tensor, Tensor)",
       &top_items);
 }
 

@@ -12,13 +12,12 @@ _EVERY_ITEM = torch.empty(0, dtype=torch.bool)
 
 
 class TopItems:
-    """A catalogue on the CPU, packed once in bf16 beside its float32 weights."""
+    """A catalogue on the CPU, rounded once to int8 beside its float32 weights."""
 
     def __init__(self, kernels: Any, weights_VD: Tensor) -> None:
         self._kernels = kernels
         self._weights_VD = weights_VD
-        self._packed = kernels.pack_items(weights_VD)
-        self._largest_norm = float(weights_VD.detach().norm(dim=1).max())
+        self._rounded = kernels.pack_items(weights_VD)
 
     @classmethod
     def of(cls, weights_VD: Tensor, build: bool) -> "TopItems | None":
@@ -37,8 +36,9 @@ class TopItems:
         ascending = [sorted(items) for items in excluded]
         ends_B = torch.tensor([len(items) for items in ascending]).cumsum(0)
         items_P = torch.tensor([item for items in ascending for item in items], dtype=torch.int64)
+        masks = [_EVERY_ITEM if mask is None else mask for mask in allowed]
+        hidden_BD = hidden_BD.float().contiguous()
         found: tuple[Tensor, Tensor] = self._kernels.top_items(
-            hidden_BD.float().contiguous(), self._weights_VD, self._packed, self._largest_norm, torch.tensor(k),
-            items_P, ends_B, [_EVERY_ITEM if mask is None else mask for mask in allowed],
-        )  # fmt: skip
+            hidden_BD, self._weights_VD, *self._rounded, torch.tensor(k), items_P, ends_B, masks
+        )
         return found
