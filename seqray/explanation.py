@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqray.histories import HistoryReader, KnownHistory
-from seqray.models.protocol import Module, predict
+from seqray.models.protocol import SequentialModel, predict
 from seqray.query import Influence
 
 MAX_EXPLAINED = 50
@@ -19,7 +19,7 @@ SHOWN = 5
 
 
 def influences(
-    model: Module,
+    model: SequentialModel,
     reader: HistoryReader,
     weights_VD: Tensor,
     history_ids: Sequence[Hashable],

@@ -3,8 +3,10 @@
 import math
 import time
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from itertools import chain
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,15 +18,14 @@ FARTHEST = 4e12
 """Seconds from 1970, some 127,000 years; times beyond are taken for this one, so that differences fit in 64 bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class KnownHistory:
+class KnownHistory(NamedTuple):
     """The events of a query that the model reads, oldest first."""
 
     unknown: tuple[Hashable, ...]
     """Ids of the query's history that the bundle does not know, each once."""
     seen: list[int]
     """Every known item of the query's history, also of events too old to be read."""
-    places: list[int]
+    places: Sequence[int]
     """Where in the query's history each event that is read stands."""
     items: list[int]
     """item_index of each."""
@@ -36,11 +37,11 @@ class KnownHistory:
     def without(self, event: int) -> "KnownHistory":
         """The history as if the event (an index into `items`) had not been."""
 
-        def rest(values: list[int]) -> list[int]:
-            return values[:event] + values[event + 1 :]
+        def rest(values: Sequence[int]) -> list[int]:
+            return [*values[:event], *values[event + 1 :]]
 
-        return replace(
-            self, places=rest(self.places), items=rest(self.items),
+        return self._replace(
+            places=rest(self.places), items=rest(self.items),
             event_types=rest(self.event_types), times=rest(self.times),
         )  # fmt: skip
 
@@ -57,12 +58,13 @@ class HistoryReader:
 
     def read(self, query: Query) -> KnownHistory:
         """The newest events whose items are known."""
-        items = self._vocabulary.index_list(query.history)
-        known = [place for place, item in enumerate(items) if item]
+        seen = self._vocabulary.index_list(query.history)
+        known: Sequence[int] = range(len(seen))
         unknown: tuple[Hashable, ...] = ()
-        if len(known) < len(items):
-            unknown = tuple(dict.fromkeys(i for i, item in zip(query.history, items, strict=True) if not item))
-        seen = [items[place] for place in known]
+        if 0 in seen:
+            unknown = tuple(dict.fromkeys(i for i, item in zip(query.history, seen, strict=True) if not item))
+            known = [place for place, item in enumerate(seen) if item]
+            seen = [seen[place] for place in known]
         places = known[-self._max_length :]
         read = seen[-self._max_length :]
         return KnownHistory(unknown, seen, places, read, self._types(query, places), self._times(query, places))
@@ -77,18 +79,19 @@ class HistoryReader:
             times = [one.times or [UNKNOWN_TIME] * (len(one.items) + 1) for one in histories]
             times_T, next_times_T = _packed(one[:-1] for one in times), _packed(one[1:] for one in times)
         events_T = _packed(one.event_types for one in histories) if self._event_types else None
-        lengths_B = torch.tensor([len(one.items) for one in histories])
+        lengths = np.array([len(one.items) for one in histories], np.int64)
         items_T = _packed(one.items for one in histories)
-        return Batch(items_T, lengths_B, None, times_T, next_times_T, events_T).ask_last()
+        newest_P = torch.from_numpy(lengths.cumsum() - 1)
+        return Batch(items_T, torch.from_numpy(lengths), newest_P, times_T, next_times_T, events_T)
 
-    def _types(self, query: Query, places: list[int]) -> list[int]:
+    def _types(self, query: Query, places: Sequence[int]) -> list[int]:
         if not self._event_types:
             return []
         if not query.events:
             return [0] * len(places)
         return [self._event_types.get(query.events[place], 0) for place in places]
 
-    def _times(self, query: Query, places: list[int]) -> list[int]:
+    def _times(self, query: Query, places: Sequence[int]) -> list[int]:
         moments = [query.timestamps[place] for place in places] if query.timestamps and self._has_times else []
         known = [moment for moment in moments if moment is not None and math.isfinite(moment)]
         if not known or len(known) < len(moments):
@@ -98,4 +101,5 @@ class HistoryReader:
 
 
 def _packed(parts: Iterable[list[int]]) -> Tensor:
-    return torch.tensor([value for part in parts for value in part], dtype=torch.int64)
+    # By NumPy, which keeps the interpreter's lock meanwhile: to come by it again takes longer than this.
+    return torch.from_numpy(np.array(list(chain.from_iterable(parts)), np.int64))

@@ -16,7 +16,7 @@ from seqray.approximate import ApproximateRetrieval, build_index, recall
 from seqray.bundle import Bundle
 from seqray.errors import BundleError, DataError
 from seqray.histories import HistoryReader
-from seqray.models.protocol import Module, Prediction, predict
+from seqray.models.protocol import Prediction, SequentialModel, predict
 from seqray.query import Query
 from seqray.retrieval import ExactRetrieval, Limits
 from seqray.serve_config import RetrievalConfig
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 def open_retrieval(
     bundle: Bundle,
-    model: Module,
+    model: SequentialModel,
     reader: HistoryReader,
     weights_VD: Tensor,
     exact: ExactRetrieval,
@@ -88,7 +88,7 @@ def _write(index: Any, path: Path) -> None:
 
 
 def _questions(
-    bundle: Bundle, model: Module, reader: HistoryReader, weights_VD: Tensor
+    bundle: Bundle, model: SequentialModel, reader: HistoryReader, weights_VD: Tensor
 ) -> tuple[Prediction, list[Limits]]:
     """What the model says after histories drawn by popularity."""
     events = bundle.items.column("train_events").to_numpy().astype(np.float64) + 1

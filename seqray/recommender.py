@@ -4,9 +4,9 @@ Shapes: B queries, V items + padding.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,17 +17,18 @@ from seqray.histories import HistoryReader, KnownHistory
 from seqray.index_file import open_retrieval
 from seqray.item_filter import Filter, read_filter
 from seqray.item_masks import ItemMasks
-from seqray.models.protocol import Prediction, predict
+from seqray.models.protocol import Prediction, predict, prepare
 from seqray.popularity import Popularity
-from seqray.query import Influence, Query, RankedItem, Recommendation, SimilarQuery
+from seqray.query import Influence, Query, RankedItem, Recommendation, SimilarQuery, Source
 from seqray.retrieval import ExactRetrieval, Limits, Ranked, Retrieval, best_of_candidates, best_of_scores
 from seqray.serve_config import RetrievalConfig
 
 __all__ = ["Influence", "Query", "RankedItem", "Recommendation", "Recommender", "SimilarQuery"]
 
+_BY_MODEL: Iterable[Source] = repeat("model")
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+
+class _Asked(NamedTuple):
     """A query in item indices."""
 
     query: Query | SimilarQuery
@@ -66,7 +67,8 @@ class Recommender:
             torch.set_num_threads(num_threads)
         self.bundle = bundle
         self._device = torch.device(device)
-        self._model = bundle.model().to(self._device, torch.float32)
+        with torch.inference_mode():
+            self._model = prepare(bundle.model().to(self._device, torch.float32), build_kernels)
         self._histories = HistoryReader(bundle, self._model.max_length)
         self._exclude_seen = bundle.config.evaluate.exclude_seen
         self._index = bundle.vocabulary.index
@@ -155,9 +157,8 @@ class Recommender:
 
     def _answer(self, asked: _Asked, ranked: Ranked) -> Recommendation:
         index, scores = ranked
-        items = tuple(
-            RankedItem(self._item_ids[item], score, "model") for item, score in zip(index, scores, strict=True)
-        )
+        item_ids = self._item_ids
+        items = tuple(map(RankedItem, [item_ids[item] for item in index], scores, _BY_MODEL))
         explanations: tuple[tuple[Influence, ...], ...] = ()
         if isinstance(asked.query, Query) and asked.query.explain and asked.history is not None:
             shown = asked.query.history

@@ -4,8 +4,7 @@ Shapes: B queries, V items + padding, C candidates, P pairs (query, item_index).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ SCORES_AT_A_TIME = 2**25
 """Scores held at a time (128 MiB in float32)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """What one query may be answered with."""
 
     k: int
@@ -32,7 +30,7 @@ class Limits:
 
     def among(self, candidates: Iterable[int]) -> "Limits":
         """The same limits for given candidates alone."""
-        return replace(self, candidates=tuple(dict.fromkeys(candidates)))
+        return self._replace(candidates=tuple(dict.fromkeys(candidates)))
 
 
 Ranked = tuple[list[int], list[float]]

@@ -269,6 +269,13 @@ class Batch:
         """Whether a prediction is wanted after less than half of the events, so that it pays to drop the others."""
         return self.asked_P is not None and 2 * len(self.asked_P) < len(self.items_T)
 
+    @property
+    def asks_newest(self) -> bool:
+        """Whether a prediction is wanted after each sequence's newest event, and after no other; for a CPU."""
+        if self.asked_P is None or len(self.asked_P) != len(self.lengths_B):
+            return False
+        return bool((self.asked_P.numpy() == self.lengths_B.numpy().cumsum() - 1).all())
+
     def asked(self, hidden_TD: Tensor) -> Tensor:
         """hidden_PD: the rows after which a prediction is wanted."""
         return hidden_TD if self.asked_P is None else hidden_TD.index_select(0, self.asked_P)

@@ -66,6 +66,10 @@ class ItemEmbedding(nn.Module):
             vectors_TD = vectors_TD + F.embedding(list_V[items_T], means_KD)
         return cast(Tensor, vectors_TD)
 
+    def vectors(self) -> Tensor:
+        """(V, D) vectors of all items as `forward` reads them."""
+        return self.embedding.weight if not self.columns else self(torch.arange(len(self.embedding.weight)))
+
     def weights(self) -> Tensor:
         """weights_VD of items that are scored."""
         table = self.embedding if self.output is None else self.output
@@ -98,6 +102,11 @@ class EventEmbedding(nn.Module):
         self.gap = nn.Embedding(GAP_BUCKETS + 1, D, padding_idx=0) if config.time_gap else None
         self.week = nn.Embedding(WEEKS + 1, D, padding_idx=0) if config.season else None
         self.weekday = nn.Embedding(8, D, padding_idx=0) if config.season else None
+
+    @property
+    def reads_something(self) -> bool:
+        """Whether anything is added."""
+        return not (self.event is self.gap is self.week is None)
 
     def forward(self, vectors_TD: Tensor, batch: Batch) -> Tensor:
         """(T, D) item vectors with the events' own vectors added; what is not known adds nothing."""

@@ -21,7 +21,7 @@ class SequentialModel(Protocol):
     """Scores are `hidden @ weights.T`: a hidden state for each asked event, a weight vector for each item.
 
     A model is an `nn.Module` built as `Model(config, catalogue)`, single-device code, with its section as `Config`
-    and `max_length` events of history that it can see. Five things are optional:
+    and `max_length` events of history that it can see. Six things are optional:
 
     - `causal = False`: it reads whole sequences, so only the newest event of each can be asked for.
     - `training_view(step, draws) -> Step`: it is trained on something else than the next events (BERT4Rec's masks).
@@ -29,6 +29,7 @@ class SequentialModel(Protocol):
       train.activation_checkpointing and FSDP can take them one by one.
     - `kernels = True`: its linear layers go through `seqray.native.linear`, so that bf16 pays on a CPU at any width.
     - `history_scores(batch, hidden_PD) -> HistoryScores`: it adds to the scores of items of the history.
+    - `prepared(build_kernels) -> SequentialModel | None`: the same model, quicker, for weights that change no more.
     """
 
     Config: type[Component]
@@ -108,6 +109,13 @@ def predict(model: SequentialModel, batch: Batch, weights_VD: Tensor | None = No
     history_scores = getattr(model, "history_scores", None)
     added = history_scores(batch, hidden_PD) if history_scores else None
     return Prediction(hidden_PD, model.item_weights() if weights_VD is None else weights_VD, added)
+
+
+def prepare(model: SequentialModel, build_kernels: bool = False) -> SequentialModel:
+    """The model for weights that change no more; build_kernels: compile what it can use if it is not there yet."""
+    prepared = getattr(model, "prepared", None)
+    found: SequentialModel | None = prepared(build_kernels) if prepared else None
+    return model if found is None else found
 
 
 def is_causal(model: SequentialModel) -> bool:

@@ -4,6 +4,9 @@ Pre-norm blocks (x + attention(norm(x)), x + feed_forward(norm(x))) and a last n
 output. Everything works on packed events. Shapes: T packed events, P asked events, D hidden, V items + padding.
 """
 
+from typing import cast
+
+import torch
 from torch import Tensor, nn
 
 from seqray.catalogue import Catalogue
@@ -12,6 +15,7 @@ from seqray.models.dropout import Dropout
 from seqray.models.items import EventEmbedding, ItemEmbedding, initialize
 from seqray.models.stream import Stream
 from seqray.native.linear import linear
+from seqray.native.transformer import Transformer, TransformerBlock, TransformerKernel
 from seqray.sections import Component
 from seqray.sequences import Batch
 
@@ -55,6 +59,35 @@ class SASRec(nn.Module):
         if batch.asks_few:
             return self.items.question(self.norm(last(hidden_TD, stream, batch.asked_P)))
         return self.items.question(self.norm(batch.asked(last(hidden_TD, stream))))
+
+    def prepared(self, build_kernels: bool) -> "PreparedSASRec | None":
+        """See SequentialModel; None where there is no kernel for its blocks or on this machine."""
+        if not all(type(block) is Block for block in self.blocks):
+            return None
+        blocks = [cast(TransformerBlock, block) for block in self.blocks]
+        table_VD = self.items.vectors().detach()
+        positions_LD = self.position_embedding.weight.detach()
+        transformer = Transformer(table_VD, self._scale, positions_LD, self._from_newest, blocks, self.norm)
+        kernel = TransformerKernel.of(transformer, build_kernels)
+        return None if kernel is None else PreparedSASRec(self, kernel)
+
+
+class PreparedSASRec:
+    """A SASRec whose weights change no more: by the kernel where the question is what comes after each history."""
+
+    def __init__(self, model: SASRec, kernel: TransformerKernel) -> None:
+        self.Config, self.max_length, self.item_weights = model.Config, model.max_length, model.item_weights
+        self._model, self._kernel = model, kernel
+
+    def encode(self, batch: Batch) -> Tensor:
+        """See SequentialModel."""
+        if not batch.asks_newest:
+            return self._model.encode(batch)
+        added_TD = None
+        if self._model.events.reads_something:
+            zeros_TD = torch.zeros(len(batch.items_T), self._model.norm.normalized_shape[0])
+            added_TD = self._model.events(zeros_TD, batch)
+        return self._model.items.question(self._kernel(batch.items_T, batch.lengths_B, added_TD))
 
 
 class Block(nn.Module):

@@ -41,11 +41,11 @@ struct Scored {
 // What one query may be answered with.
 struct Limits {
   int64_t k;
-  const int64_t *excluded, *excluded_end;  // ascending
-  const bool* allowed;                     // null: every item
+  std::vector<int64_t> excluded;  // ascending
+  const bool* allowed;            // null: every item
 
   bool pass(int64_t item) const {
-    return (!allowed || allowed[item]) && !std::binary_search(excluded, excluded_end, item);
+    return (!allowed || allowed[item]) && !std::binary_search(excluded.begin(), excluded.end(), item);
   }
 };
 
@@ -268,14 +268,16 @@ std::vector<Limits> limits_of(
     TORCH_CHECK(k.const_data_ptr<int64_t>()[b] > 0 && begin <= end && end <= excluded.numel());
     TORCH_CHECK(allowed[b].numel() == 0 || (allowed[b].numel() == V && allowed[b].is_contiguous()));
     const bool* mask = allowed[b].numel() ? allowed[b].const_data_ptr<bool>() : nullptr;
-    limits.push_back({std::min(k.const_data_ptr<int64_t>()[b], V), items + begin, items + end, mask});
+    std::vector<int64_t> ascending(items + begin, items + end);
+    std::sort(ascending.begin(), ascending.end());
+    limits.push_back({std::min(k.const_data_ptr<int64_t>()[b], V), std::move(ascending), mask});
     begin = end;
   }
   return limits;
 }
 
 // item_index (B, K) and score of the best items of each query, 0 and -inf where fewer are allowed. `codes`, `step` and
-// `bounds`: of pack_items; `k` (B); `excluded` (P): ascending for each query, up to `ends` (B); `allowed`: a mask (V)
+// `bounds`: of pack_items; `k` (B); `excluded` (P): those of each query end at `ends` (B); `allowed`: a mask (V)
 // for each query, or empty.
 std::tuple<at::Tensor, at::Tensor> top_items(
     const at::Tensor& hidden, const at::Tensor& weights, const at::Tensor& codes, const at::Tensor& step,

@@ -1,0 +1,293 @@
+// The hidden state after the newest event of each history, by a causal transformer in float32: pre-norm blocks of
+// softmax attention and a GELU feed-forward, and a last norm (seqray.models.sasrec).
+//
+// One call does all of it, a history at a time, so that what it works on stays in the cache, no thread of Python is in
+// the way, and a result does not depend on what else is in the batch. In the last block only the newest event asks.
+// Shapes: T packed events, B histories, L events of one, D hidden = H heads of d, F inside the feed-forward.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "bf16.h"
+#include "simd.h"
+
+namespace seqray {
+namespace {
+
+constexpr int64_t ROWS = 4, VECTORS = 4, COLUMNS = VECTORS * LANES;
+
+// What a product adds to: C = A B + bias, and + C where that is there already.
+struct Factors {
+  int64_t K;
+  const float* A;
+  int64_t ld_a;
+  const float* B;
+  int64_t ld_b;
+  const float* bias;  // null: none
+  float* C;
+  int64_t ld_c;
+  bool add;
+};
+
+// COUNT rows of a product, in up to COLUMNS columns, `last` of the last vector. All sums stay in registers.
+template <int COUNT, int WIDTH>
+void tile(const Factors& of, __mmask16 last) {
+  __m512 sums[COUNT][WIDTH];
+  const auto mask = [&](int v) { return v + 1 < WIDTH ? static_cast<__mmask16>(0xffff) : last; };
+#pragma GCC unroll 4
+  for (int v = 0; v < WIDTH; v++) {
+    const __m512 start = of.bias ? load(of.bias + v * LANES, mask(v)) : _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int r = 0; r < COUNT; r++) {
+      sums[r][v] = of.add ? _mm512_add_ps(start, load(of.C + r * of.ld_c + v * LANES, mask(v))) : start;
+    }
+  }
+  for (int64_t k = 0; k < of.K; k++) {
+    __m512 row[WIDTH];
+#pragma GCC unroll 4
+    for (int v = 0; v < WIDTH; v++) row[v] = load(of.B + k * of.ld_b + v * LANES, mask(v));
+#pragma GCC unroll 4
+    for (int r = 0; r < COUNT; r++) {
+      const __m512 factor = _mm512_set1_ps(of.A[r * of.ld_a + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < WIDTH; v++) sums[r][v] = _mm512_fmadd_ps(factor, row[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < COUNT; r++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < WIDTH; v++) store(of.C + r * of.ld_c + v * LANES, mask(v), sums[r][v]);
+  }
+}
+
+using Tile = void (*)(const Factors&, __mmask16);
+constexpr Tile TILES[ROWS][VECTORS] = {
+    {tile<1, 1>, tile<1, 2>, tile<1, 3>, tile<1, 4>},
+    {tile<2, 1>, tile<2, 2>, tile<2, 3>, tile<2, 4>},
+    {tile<3, 1>, tile<3, 2>, tile<3, 3>, tile<3, 4>},
+    {tile<4, 1>, tile<4, 2>, tile<4, 3>, tile<4, 4>}};
+
+// A product of M rows and N columns. Each sum is taken in the order of K.
+void multiply(int64_t M, int64_t N, const Factors& of) {
+  for (int64_t n = 0; n < N; n += COLUMNS) {
+    const int64_t width = std::min(COLUMNS, N - n), vectors = (width + LANES - 1) / LANES;
+    const __mmask16 last = first_lanes(width - (vectors - 1) * LANES);
+    for (int64_t m = 0; m < M; m += ROWS) {
+      Factors part = of;
+      part.A += m * of.ld_a, part.B += n, part.C += m * of.ld_c + n;
+      if (of.bias) part.bias += n;
+      TILES[std::min(ROWS, M - m) - 1][vectors - 1](part, last);
+    }
+  }
+}
+
+struct Norm {
+  const float *scale, *shift;
+
+  void operator()(const float* row, int64_t D, float epsilon, float* into) const {
+    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    columns(D, [&](int64_t i, __mmask16 some) { sum = _mm512_add_ps(sum, load(row + i, some)); });
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / D);
+    columns(D, [&](int64_t i, __mmask16 some) {
+      const __m512 off = _mm512_maskz_sub_ps(some, load(row + i, some), mean);
+      squares = _mm512_fmadd_ps(off, off, squares);
+    });
+    const __m512 rate = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + epsilon));
+    columns(D, [&](int64_t i, __mmask16 some) {
+      const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(row + i, some), mean), rate);
+      store(into + i, some, _mm512_fmadd_ps(normed, load(scale + i, some), load(shift + i, some)));
+    });
+  }
+};
+
+struct Layer {
+  const float *weight, *bias;  // (inputs, outputs), (outputs)
+};
+
+struct Block {
+  Norm attention_norm;
+  Layer qkv, out;
+  Norm feedforward_norm;
+  Layer expand, contract;
+};
+
+// The model, over the memory of the tensors that it was made of.
+struct Model {
+  int64_t D, H, F;
+  float epsilon, scale;  // scale: of the items' vectors
+  bool from_newest;      // where positions count from
+  const float *items, *positions;
+  std::vector<Block> blocks;
+  Norm norm;
+
+  int64_t d() const { return D / H; }
+};
+
+// Memory for one history of up to L events.
+struct Workspace {
+  void fit(const Model& of, int64_t L) {
+    const int64_t width = rounded(L, LANES);
+    hidden = hidden_.of(L * of.D), normed = normed_.of(L * of.D), wide = wide_.of(L * std::max(3 * of.D, of.F));
+    keys = keys_.of(of.d() * width), chances = chances_.of(ROWS * width);
+  }
+
+  float *hidden, *normed, *wide, *keys, *chances;
+
+ private:
+  Scratch<float> hidden_, normed_, wide_, keys_, chances_;
+};
+
+// Scores of the keys up to a query -> chances.
+void soften(float* scores, int64_t count, float scale) {
+  __m512 largest = _mm512_set1_ps(-3e38f), sum = _mm512_setzero_ps();
+  columns(count, [&](int64_t i, __mmask16 some) {
+    largest = _mm512_mask_max_ps(largest, some, largest, load(scores + i, some));
+  });
+  const __m512 scales = _mm512_set1_ps(scale), top = _mm512_set1_ps(_mm512_reduce_max_ps(largest) * scale);
+  columns(count, [&](int64_t i, __mmask16 some) {
+    const __m512 chance = _mm512_maskz_mov_ps(some, exp2(_mm512_fmsub_ps(load(scores + i, some), scales, top)));
+    sum = _mm512_add_ps(sum, chance);
+    store(scores + i, some, chance);
+  });
+  const __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
+  columns(count, [&](int64_t i, __mmask16 some) {
+    store(scores + i, some, _mm512_mul_ps(load(scores + i, some), share));
+  });
+}
+
+// Attention of the queries from `first` on; their rows of qkv (L, 3 D) in `wide` -> rows of `normed`.
+void attend(const Model& of, const Workspace& space, int64_t L, int64_t first) {
+  const int64_t d = of.d(), ld = 3 * of.D, width = rounded(L, LANES);
+  const float scale = LOG2_E / std::sqrt(static_cast<float>(d));
+  for (int64_t h = 0; h < of.H; h++) {
+    const float *q = space.wide + h * d, *k = q + of.D, *v = k + of.D;
+    turn(k, ld, L, d, space.keys, width, width);
+    for (int64_t i = first; i < L; i += ROWS) {
+      const int64_t rows = std::min(ROWS, L - i), seen = i + rows;
+      multiply(rows, seen, {d, q + i * ld, ld, space.keys, width, nullptr, space.chances, width, false});
+      for (int64_t r = 0; r < rows; r++) {
+        float* row = space.chances + r * width;
+        soften(row, i + r + 1, scale);
+        std::fill(row + i + r + 1, row + seen, 0.0f);
+      }
+      float* into = space.normed + i * of.D + h * d;
+      multiply(rows, d, {seen, space.chances, width, v, ld, nullptr, into, of.D, false});
+    }
+  }
+}
+
+void gelu(float* values, int64_t count) {
+  columns(count, [&](int64_t i, __mmask16 some) {
+    const __m512 value = load(values + i, some);
+    store(values + i, some, _mm512_mul_ps(value, Normal(value, true).share));
+  });
+}
+
+// A block over the history in `hidden`; of its results only those from `first` on are wanted.
+void apply(const Model& of, const Block& block, const Workspace& space, int64_t L, int64_t first) {
+  const int64_t D = of.D, wanted = L - first;
+  float *hidden = space.hidden + first * D, *normed = space.normed + first * D, *wide = space.wide;
+  for (int64_t i = 0; i < L; i++) {
+    block.attention_norm(space.hidden + i * D, D, of.epsilon, space.normed + i * D);
+  }
+  const Layer &qkv = block.qkv, &out = block.out, &expand = block.expand, &contract = block.contract;
+  multiply(wanted, D, {D, normed, D, qkv.weight, 3 * D, qkv.bias, wide + first * 3 * D, 3 * D, false});
+  multiply(L, 2 * D, {D, space.normed, D, qkv.weight + D, 3 * D, qkv.bias + D, wide + D, 3 * D, false});
+  attend(of, space, L, first);
+  multiply(wanted, D, {D, normed, D, out.weight, D, out.bias, hidden, D, true});
+  for (int64_t i = 0; i < wanted; i++) block.feedforward_norm(hidden + i * D, D, of.epsilon, normed + i * D);
+  multiply(wanted, of.F, {D, normed, D, expand.weight, of.F, expand.bias, wide, of.F, false});
+  gelu(wide, wanted * of.F);
+  multiply(wanted, D, {of.F, wide, of.F, contract.weight, D, contract.bias, hidden, D, true});
+}
+
+// What goes into the first block: the item, its position, and what `added` (L, D) says of the event.
+void embed(const Model& of, const int64_t* items, int64_t L, const float* added, float* hidden) {
+  const __m512 scale = _mm512_set1_ps(of.scale);
+  for (int64_t i = 0; i < L; i++) {
+    const float* item = of.items + items[i] * of.D;
+    const float* position = of.positions + (of.from_newest ? L - 1 - i : i) * of.D;
+    columns(of.D, [&](int64_t c, __mmask16 some) {
+      __m512 value = _mm512_fmadd_ps(load(item + c, some), scale, load(position + c, some));
+      if (added) value = _mm512_add_ps(value, load(added + i * of.D + c, some));
+      store(hidden + i * of.D + c, some, value);
+    });
+  }
+}
+
+constexpr int64_t OF_BLOCK = 12, OF_NORM = 2;
+
+const float* floats(const at::Tensor& tensor, int64_t numel) {
+  TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == numel);
+  return tensor.const_data_ptr<float>();
+}
+
+// The tensors of `weights` are, for each block, scale and shift of a norm, weight (inputs, outputs) and bias of qkv and
+// out, the second norm, expand and contract; then the last norm.
+Model model(
+    const at::Tensor& items, double scale, const at::Tensor& positions, bool from_newest,
+    const std::vector<at::Tensor>& weights, int64_t heads, double epsilon) {
+  const int64_t D = items.size(1), blocks = (static_cast<int64_t>(weights.size()) - OF_NORM) / OF_BLOCK;
+  TORCH_CHECK(blocks > 0 && static_cast<int64_t>(weights.size()) == blocks * OF_BLOCK + OF_NORM && D % heads == 0);
+  const int64_t F = weights[8].size(1);
+  Model made{
+      D, heads, F, static_cast<float>(epsilon), static_cast<float>(scale), from_newest,
+      floats(items, items.size(0) * D), floats(positions, positions.size(0) * D), {}, {}};
+  for (int64_t b = 0; b < blocks; b++) {
+    const at::Tensor* of = weights.data() + b * OF_BLOCK;
+    const auto norm = [&](int64_t at) { return Norm{floats(of[at], D), floats(of[at + 1], D)}; };
+    const auto layer = [&](int64_t at, int64_t inputs, int64_t outputs) {
+      return Layer{floats(of[at], inputs * outputs), floats(of[at + 1], outputs)};
+    };
+    made.blocks.push_back({norm(0), layer(2, D, 3 * D), layer(4, D, D), norm(6), layer(8, D, F), layer(10, F, D)});
+  }
+  made.norm = {floats(weights[weights.size() - 2], D), floats(weights.back(), D)};
+  return made;
+}
+
+// Hidden states (B, D) after the newest event of each history: `items` (T), `lengths` (B), `added` (T, D) or none;
+// `table` (V, D) of the items' vectors, `positions` (longest, D).
+at::Tensor transformer(
+    const at::Tensor& items, const at::Tensor& lengths, const std::optional<at::Tensor>& added, const at::Tensor& table,
+    double scale, const at::Tensor& positions, bool from_newest, const std::vector<at::Tensor>& weights, int64_t heads,
+    double epsilon) {
+  const Model of = model(table, scale, positions, from_newest, weights, heads, epsilon);
+  const int64_t B = lengths.numel(), T = items.numel();
+  TORCH_CHECK(items.is_contiguous() && lengths.is_contiguous());
+  const int64_t *item = items.const_data_ptr<int64_t>(), *length = lengths.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < T; t++) TORCH_CHECK_INDEX(item[t] >= 0 && item[t] < table.size(0), "no such item");
+  std::vector<int64_t> begin{0};
+  for (int64_t b = 0; b < B; b++) {
+    TORCH_CHECK(length[b] > 0 && length[b] <= positions.size(0), "a history is empty or too long");
+    begin.push_back(begin.back() + length[b]);
+  }
+  TORCH_CHECK(begin.back() == T);
+  const float* more = added ? floats(*added, T * of.D) : nullptr;
+  const at::Tensor hidden = at::empty({B, of.D}, table.options());
+  float* into = hidden.mutable_data_ptr<float>();
+  at::parallel_for(0, B, 1, [&](int64_t first, int64_t stop) {
+    static thread_local Workspace space;
+    for (int64_t b = first; b < stop; b++) {
+      const int64_t L = length[b], newest = (L - 1) * of.D;
+      space.fit(of, L);
+      embed(of, item + begin[b], L, more ? more + begin[b] * of.D : nullptr, space.hidden);
+      for (const Block& block : of.blocks) apply(of, block, space, L, &block == &of.blocks.back() ? L - 1 : 0);
+      of.norm(space.hidden + newest, of.D, of.epsilon, into + b * of.D);
+    }
+  });
+  return hidden;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(seqray, library) {
+  library.def(
+      "transformer(Tensor items, Tensor lengths, Tensor? added, Tensor table, float scale, Tensor positions, bool "
+      "from_newest, Tensor[] weights, int heads, float epsilon) -> Tensor",
+      &transformer);
+}
+
+}  // namespace seqray
