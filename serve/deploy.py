@@ -167,7 +167,8 @@ def _deployment(config: Config) -> Any:
             "metrics_interval_s": serve.metrics_interval_s,
             "look_back_period_s": serve.look_back_s,
         },
-        logging_config={"enable_access_log": False},
+        # At INFO Ray Serve makes a record of each request, which nobody then writes.
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
     )(ray.serve.ingress()(Replica))
 

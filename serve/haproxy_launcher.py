@@ -21,6 +21,8 @@ def make_private(text: str, folder: str, request_timeout_s: str) -> str:
     """The configuration with HAProxy's own pages on loopback, our answers in `folder`, and an end to slow requests.
 
     HAProxy holds a request back until its body is there (or its first 16 KB), so slow ones take no place in a replica.
+    It tells Ray Serve's process beside it, in Python, of those requests only that failed: a line for each cost as much
+    as HAProxy itself, of cores that the replicas need.
     """
     lines = []
     section = ""
@@ -36,7 +38,7 @@ def make_private(text: str, folder: str, request_timeout_s: str) -> str:
             lines.append(line)
         if line.strip() == "defaults":
             lines += ["    option http-buffer-request", f"    timeout http-request {request_timeout_s}s"]
-            lines += [f"    errorfile 408 {folder}/408.http"]
+            lines += ["    option dontlog-normal", f"    errorfile 408 {folder}/408.http"]
     return "\n".join(lines) + "\n"
 
 

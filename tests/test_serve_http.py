@@ -416,6 +416,7 @@ def test_haproxy_keeps_its_own_pages_on_loopback() -> None:
     assert "errorfile 503 /x/503.http" in private
     assert "errorfile 408 /x/408.http" in private
     assert "timeout http-request 7s" in private
+    assert "option dontlog-normal" in private
 
 
 # The real thing: `python -m serve` with a local cluster, HAProxy in front, asked over a socket.
@@ -572,20 +573,34 @@ def test_a_request_that_trickles_in_is_ended(server: Server) -> None:
         assert seconds < 8
 
 
-def test_the_measures_are_in_the_export_of_ray(server: Server) -> None:
+def ray_export(server: Server) -> str:
     [line] = [line for line in server.lines if "metrics:" in line]
-    url = line.split()[1]
+    return urllib.request.urlopen(line.split()[1], timeout=30).read().decode()
 
-    def page() -> str:
-        return urllib.request.urlopen(url, timeout=30).read().decode()
 
+def test_ray_serve_counts_what_it_refuses_and_no_request_that_went_well(server: Server) -> None:
+    """After test_too_many_requests_are_told_when_to_come_back."""
+    refused = r'ray_serve_num_http_error_requests_total{[^}]*error_code="503"[^}]*} [1-9]'
+    assert until(lambda: bool(re.search(refused, ray_export(server))))
+    statuses = re.findall(r'ray_serve_num_http_requests_total{[^}]*status_code="(\d+)"', ray_export(server))
+    assert set(statuses) <= {"408", "503"}
+
+
+def test_ray_serve_makes_no_log_records_of_requests(server: Server) -> None:
+    server.ask({})
+    [log] = (server.folder / "ray" / "session_latest" / "logs" / "serve").glob("replica_tiny_*.log")
+    assert " INFO " not in log.read_text()
+
+
+def test_the_measures_are_in_the_export_of_ray(server: Server) -> None:
     wanted = {
         "ray_seqray_requests_total", "ray_seqray_stage_seconds_bucket_total", "ray_seqray_stage_seconds_sum_total",
         "ray_seqray_stage_seconds_count_total", "ray_seqray_batch_size_bucket_total", "ray_seqray_model",
         "ray_seqray_keys_refused_total", "ray_seqray_recommendations_total", "ray_seqray_waiting_requests",
     }  # fmt: skip
-    assert until(lambda: wanted <= set(re.findall(r"^ray_seqray_\w+", page(), re.MULTILINE)))
-    assert re.search(r'ray_seqray_requests_total{[^}]*application="tiny"[^}]*endpoint="recommend"[^}]*} [1-9]', page())
+    assert until(lambda: wanted <= set(re.findall(r"^ray_seqray_\w+", ray_export(server), re.MULTILINE)))
+    asked = r'ray_seqray_requests_total{[^}]*application="tiny"[^}]*endpoint="recommend"[^}]*} [1-9]'
+    assert re.search(asked, ray_export(server))
 
 
 def test_the_request_log_is_among_the_logs_of_ray(server: Server) -> None:
