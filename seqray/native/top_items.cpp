@@ -24,9 +24,9 @@
 namespace seqray {
 namespace {
 
-constexpr int64_t ITEMS = 64, VECTORS = ITEMS / LANES, QUERIES = 4, FEWEST = 64;
+constexpr int64_t ITEMS = 64, VECTORS = ITEMS / LANES, QUERIES = 4, FEWEST = 256;
 // QUERIES of a product: with more of them the compiler runs out of registers.
-// FEWEST: candidates of a query before the first sifting; more of them cost more than sifting sooner.
+// FEWEST: candidates of a query before those are dropped that do not matter any more.
 constexpr float LARGEST = 127, ROUNDING = 1e-5f;  // ROUNDING: float32's, of any product
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
@@ -53,30 +53,43 @@ struct Limits {
 class Candidates {
  public:
   void begin(int64_t k, float slack) {
-    k_ = k, slack_ = slack, room_ = std::max(4 * k, FEWEST);
+    k_ = k, slack_ = slack, room_ = std::max(8 * k, FEWEST);
     limit = std::isfinite(slack) ? NEVER : -NEVER;
+    best_.assign(1 + rounded(k, LANES), NEVER);
+    best_[0] = -NEVER;  // stands before the first
     items.clear();
   }
 
   void add(float score, int64_t item) {
+    insert(score);
+    limit = best_[k_] - 2 * slack_;
     items.push_back({score, item});
-    if (static_cast<int64_t>(items.size()) >= room_) sift();
+    if (static_cast<int64_t>(items.size()) < room_) return;
+    drop();
+    room_ = std::max<int64_t>(room_, 2 * items.size());
   }
 
-  void sift() {
-    if (static_cast<int64_t>(items.size()) < k_) return;
-    std::nth_element(items.begin(), items.begin() + (k_ - 1), items.end());
-    limit = items[k_ - 1].score - 2 * slack_;
+  // Those that are below the limit by now.
+  void drop() {
     std::erase_if(items, [&](const Scored& one) { return one.score < limit; });
-    room_ = std::max<int64_t>(room_, 2 * items.size());
   }
 
   float limit;  // of a rounded score that matters
   std::vector<Scored> items;
 
  private:
+  // Each of the best scores stays, becomes the one before it, or the new one, which stands between these.
+  void insert(float score) {
+    const __m512 added = _mm512_set1_ps(score);
+    for (int64_t i = best_.size() - LANES; i > 0; i -= LANES) {
+      float* at = best_.data() + i;
+      _mm512_storeu_ps(at, _mm512_max_ps(_mm512_loadu_ps(at), _mm512_min_ps(_mm512_loadu_ps(at - 1), added)));
+    }
+  }
+
   int64_t k_, room_;
   float slack_;
+  std::vector<float> best_;  // descending, from 1 on
 };
 
 float dot(const float* left, const float* right, int64_t D) {
@@ -211,7 +224,7 @@ std::vector<Scored> best(
     const Items& items, const Queries& queries, int64_t b, std::vector<std::vector<Candidates>>& found) {
   std::vector<Scored> all;
   for (auto& part : found) {
-    part[b].sift();
+    part[b].drop();
     for (const Scored& one : part[b].items) {
       const float* weights = items.weights + one.item * items.D;
       all.push_back({dot(queries.hidden + b * items.D, weights, items.D), one.item});
