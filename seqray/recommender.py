@@ -6,7 +6,7 @@ Shapes: B queries, V items + padding.
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -18,6 +18,7 @@ from seqray.index_file import open_retrieval
 from seqray.item_filter import Filter, read_filter
 from seqray.item_masks import ItemMasks
 from seqray.models.protocol import Prediction, predict, prepare
+from seqray.one_call import OneCall
 from seqray.popularity import Popularity
 from seqray.query import Influence, Query, RankedItem, Recommendation, SimilarQuery, Source
 from seqray.retrieval import ExactRetrieval, Limits, Ranked, Retrieval, best_of_candidates, best_of_scores
@@ -77,7 +78,10 @@ class Recommender:
             self._weights_VD = self._model.item_weights().float().contiguous()
             self._inverse_norm_V = 1 / self._weights_VD.norm(dim=1).clamp_min(1e-12)
             self._retrieval = self._retrieval_of(retrieval, index_folder, build_kernels)
-        self._masks = ItemMasks(bundle.items, self._device)
+            self._masks = ItemMasks(bundle.items, self._device)
+            self._one_call = OneCall.of(
+                self._model, self._retrieval, bundle.vocabulary, self._item_ids[1:], self._masks, self._exclude_seen
+            )
         self._popularity = Popularity(bundle.items.column("train_events").to_numpy())
 
     def _retrieval_of(self, config: RetrievalConfig | None, folder: Path | None, build_kernels: bool) -> Retrieval:
@@ -89,6 +93,21 @@ class Recommender:
 
     def recommend(self, queries: Sequence[Query | SimilarQuery]) -> list[Recommendation]:
         """The answer to each query. It depends on the other queries by no more than float rounding."""
+        if self._one_call is None:
+            return self._recommend(queries)
+        answers: list[Recommendation | None] = [None] * len(queries)
+        usual = [place for place, query in enumerate(queries) if OneCall.takes(query)]
+        if usual:
+            rankings = self._one_call.rank(cast(list[Query], [queries[place] for place in usual]))
+            for place, ranking in zip(usual, rankings, strict=True):
+                if ranking is not None:
+                    answers[place] = Recommendation(self._ranked_items(ranking.ranked), ranking.unknown)
+        rest = [place for place, answer in enumerate(answers) if answer is None]
+        for place, answer in zip(rest, self._recommend([queries[place] for place in rest]), strict=True):
+            answers[place] = answer
+        return cast(list[Recommendation], answers)
+
+    def _recommend(self, queries: Sequence[Query | SimilarQuery]) -> list[Recommendation]:
         asked = [self._look_up(query) for query in queries]
         answers = [Recommendation(()) if one.has_context else self._fall_back(one) for one in asked]
         groups: dict[Callable[[list[_Asked]], list[Ranked]], list[int]] = {}
@@ -156,14 +175,16 @@ class Recommender:
         return predict(self._model, batch.to(self._device), self._weights_VD)
 
     def _answer(self, asked: _Asked, ranked: Ranked) -> Recommendation:
-        index, scores = ranked
-        item_ids = self._item_ids
-        items = tuple(map(RankedItem, [item_ids[item] for item in index], scores, _BY_MODEL))
         explanations: tuple[tuple[Influence, ...], ...] = ()
         if isinstance(asked.query, Query) and asked.query.explain and asked.history is not None:
             shown = asked.query.history
-            explanations = influences(self._model, self._histories, self._weights_VD, shown, asked.history, index)
-        return Recommendation(items, asked.unknown, explanations=explanations)
+            explanations = influences(self._model, self._histories, self._weights_VD, shown, asked.history, ranked[0])
+        return Recommendation(self._ranked_items(ranked), asked.unknown, explanations=explanations)
+
+    def _ranked_items(self, ranked: Ranked) -> tuple[RankedItem, ...]:
+        index, scores = ranked
+        item_ids = self._item_ids
+        return tuple(map(RankedItem, [item_ids[item] for item in index], scores, _BY_MODEL))
 
     def _fall_back(self, asked: _Asked) -> Recommendation:
         if asked.query.fallback == "none":

@@ -56,7 +56,8 @@ class ExactRetrieval:
     def __init__(self, weights_VD: Tensor, build_kernels: bool = False) -> None:
         """weights_VD: float32. build_kernels: compile them if they are not there yet."""
         self._num_rows = len(weights_VD)
-        self._top_items = TopItems.of(weights_VD, build_kernels)
+        self.top_items = TopItems.of(weights_VD, build_kernels)
+        """The kernel, where it is at hand."""
 
     @property
     def queries_at_a_time(self) -> int:
@@ -65,14 +66,14 @@ class ExactRetrieval:
 
     def best(self, prediction: Prediction, limits: Sequence[Limits]) -> list[Ranked]:
         """See Retrieval."""
-        if self._top_items is None or prediction.added is not None:
+        if self.top_items is None or prediction.added is not None:
             return best_of_scores(prediction.scores(), limits)
-        index_BK, values_BK = self._top_items.best(
+        index_BK, values_BK = self.top_items.best(
             prediction.hidden_PD, [one.k for one in limits], [one.excluded for one in limits],
             [one.allowed_V for one in limits],
         )  # fmt: skip
         rows = zip(index_BK.tolist(), values_BK.tolist(), strict=True)
-        return [_without_never(index, values) for index, values in rows]
+        return [without_never(index, values) for index, values in rows]
 
 
 def best_of_scores(scores_BV: Tensor, limits: Sequence[Limits]) -> list[Ranked]:
@@ -85,7 +86,7 @@ def best_of_scores(scores_BV: Tensor, limits: Sequence[Limits]) -> list[Ranked]:
             scores_BV[row].masked_fill_(~one.allowed_V, NEVER)
     index_BK, values_BK = top_k(scores_BV, max(one.k for one in limits))
     rows = zip(limits, index_BK.tolist(), values_BK.tolist(), strict=True)
-    return [_without_never(index[: one.k], values[: one.k]) for one, index, values in rows]
+    return [without_never(index[: one.k], values[: one.k]) for one, index, values in rows]
 
 
 def best_of_candidates(prediction: Prediction, limits: Limits) -> Ranked:
@@ -99,7 +100,8 @@ def best_of_candidates(prediction: Prediction, limits: Limits) -> Ranked:
     return items_C[order_C[: limits.k]].tolist(), values_C[: limits.k].tolist()
 
 
-def _without_never(index: list[int], values: list[float]) -> Ranked:
+def without_never(index: list[int], values: list[float]) -> Ranked:
+    """The items before the first that may not be returned."""
     if values and values[-1] == NEVER:
         left = values.index(NEVER)
         return index[:left], values[:left]

@@ -51,7 +51,7 @@ class ItemEmbedding(nn.Module):
         super().__init__()
         self.embedding = ItemTable(catalogue.num_items, config.hidden_dim)
         self.output = ItemTable(catalogue.num_items, config.hidden_dim) if config.separate_output else None
-        self._normalize, self._temperature = config.normalize, config.temperature
+        self.normalize, self.temperature = config.normalize, config.temperature
         self.columns = nn.ModuleList()
         for index, wanted in enumerate(config.item_columns):
             column = catalogue.codes(wanted)
@@ -76,13 +76,13 @@ class ItemEmbedding(nn.Module):
         weights_VD: Tensor = table.weight
         for list_V, means_KD in self._columns():
             weights_VD = weights_VD + F.embedding(list_V[table.rows], means_KD)
-        return F.normalize(weights_VD, dim=1) if self._normalize else weights_VD
+        return F.normalize(weights_VD, dim=1) if self.normalize else weights_VD
 
     def question(self, hidden_PD: Tensor) -> Tensor:
         """Hidden states as they meet `weights`: normalised where the weights are, divided by the temperature."""
-        if self._normalize:
+        if self.normalize:
             hidden_PD = F.normalize(hidden_PD.float(), dim=1)
-        return hidden_PD if self._temperature == 1 else hidden_PD / self._temperature
+        return hidden_PD if self.temperature == 1 else hidden_PD / self.temperature
 
     def _columns(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Many items share a list, so the mean is taken for each list and not for each item.

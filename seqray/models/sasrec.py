@@ -67,7 +67,10 @@ class SASRec(nn.Module):
         blocks = [cast(TransformerBlock, block) for block in self.blocks]
         table_VD = self.items.vectors().detach()
         positions_LD = self.position_embedding.weight.detach()
-        transformer = Transformer(table_VD, self._scale, positions_LD, self._from_newest, blocks, self.norm)
+        transformer = Transformer(
+            table_VD, self._scale, positions_LD, self._from_newest, blocks, self.norm,
+            self.items.normalize, self.items.temperature,
+        )  # fmt: skip
         kernel = TransformerKernel.of(transformer, build_kernels)
         return None if kernel is None else PreparedSASRec(self, kernel)
 
@@ -77,17 +80,22 @@ class PreparedSASRec:
 
     def __init__(self, model: SASRec, kernel: TransformerKernel) -> None:
         self.Config, self.max_length, self.item_weights = model.Config, model.max_length, model.item_weights
-        self._model, self._kernel = model, kernel
+        self._model, self.kernel = model, kernel
+
+    @property
+    def reads_items_alone(self) -> bool:
+        """Whether nothing else of an event counts."""
+        return not self._model.events.reads_something
 
     def encode(self, batch: Batch) -> Tensor:
         """See SequentialModel."""
         if not batch.asks_newest:
             return self._model.encode(batch)
         added_TD = None
-        if self._model.events.reads_something:
+        if not self.reads_items_alone:
             zeros_TD = torch.zeros(len(batch.items_T), self._model.norm.normalized_shape[0])
             added_TD = self._model.events(zeros_TD, batch)
-        return self._model.items.question(self._kernel(batch.items_T, batch.lengths_B, added_TD))
+        return self.kernel(batch.items_T, batch.lengths_B, added_TD)
 
 
 class Block(nn.Module):

@@ -20,6 +20,7 @@
 
 #include "bf16.h"
 #include "simd.h"
+#include "top_items.h"
 
 namespace seqray {
 namespace {
@@ -289,20 +290,19 @@ std::vector<Limits> limits_of(
   return limits;
 }
 
-// item_index (B, K) and score of the best items of each query, 0 and -inf where fewer are allowed. `codes`, `step` and
-// `bounds`: of pack_items; `k` (B); `excluded` (P): those of each query end at `ends` (B); `allowed`: a mask (V)
-// for each query, or empty.
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> top_items(
-    const at::Tensor& hidden, const at::Tensor& weights, const at::Tensor& codes, const at::Tensor& step,
-    const at::Tensor& bounds, const at::Tensor& k, const at::Tensor& excluded, const at::Tensor& ends,
-    const std::vector<at::Tensor>& allowed) {
+    const Catalogue& catalogue, const at::Tensor& hidden, const at::Tensor& k, const at::Tensor& excluded,
+    const at::Tensor& ends, const std::vector<at::Tensor>& allowed) {
+  const at::Tensor& weights = catalogue.weights;
   TORCH_CHECK(hidden.is_contiguous() && weights.is_contiguous() && hidden.size(1) == weights.size(1));
-  const float* bound = bounds.const_data_ptr<float>();
+  const float* bound = catalogue.bounds.const_data_ptr<float>();
   const Items items{
-      weights.size(0), weights.size(1), codes.const_data_ptr<uint8_t>(), weights.const_data_ptr<float>(),
-      step.const_data_ptr<float>(), bound[0], bound[1], bound[2]};
-  const int64_t B = hidden.size(0);
-  TORCH_CHECK(codes.numel() == items.tiles() * ITEMS * items.K() && step.numel() == items.tiles() * ITEMS);
+      weights.size(0), weights.size(1), catalogue.codes.const_data_ptr<uint8_t>(), weights.const_data_ptr<float>(),
+      catalogue.step.const_data_ptr<float>(), bound[0], bound[1], bound[2]};
+  const int64_t B = hidden.size(0), room = items.tiles() * ITEMS;
+  TORCH_CHECK(catalogue.codes.numel() == room * items.K() && catalogue.step.numel() == room);
   TORCH_CHECK(k.numel() == B && ends.numel() == B && static_cast<int64_t>(allowed.size()) == B && B > 0);
   const Queries queries(items, hidden, limits_of(k, excluded, ends, allowed, items.V));
   const int64_t parts = std::min<int64_t>(at::get_num_threads(), items.tiles());
@@ -329,6 +329,15 @@ std::tuple<at::Tensor, at::Tensor> top_items(
   return {index, scores};
 }
 
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> top_items_of(
+    const at::Tensor& hidden, const at::Tensor& weights, const at::Tensor& codes, const at::Tensor& step,
+    const at::Tensor& bounds, const at::Tensor& k, const at::Tensor& excluded, const at::Tensor& ends,
+    const std::vector<at::Tensor>& allowed) {
+  return top_items({weights, codes, step, bounds}, hidden, k, excluded, ends, allowed);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqray, library) {
@@ -336,7 +345,7 @@ TORCH_LIBRARY_FRAGMENT(seqray, library) {
   library.def(
       "top_items(Tensor hidden, Tensor weights, Tensor codes, Tensor step, Tensor bounds, Tensor k, Tensor excluded, "
       "Tensor ends, Tensor[] allowed) -> (Tensor, Tensor)",
-      &top_items);
+      &top_items_of);
 }
 
 }  // namespace seqray

@@ -18,8 +18,8 @@ class TopItems:
 
     def __init__(self, kernels: Any, weights_VD: Tensor) -> None:
         self._kernels = kernels
-        self._weights_VD = weights_VD
-        self._rounded = kernels.pack_items(weights_VD)
+        self.catalogue = (weights_VD, *kernels.pack_items(weights_VD))
+        """As the kernels want it."""
 
     @classmethod
     def of(cls, weights_VD: Tensor, build: bool) -> "TopItems | None":
@@ -35,14 +35,19 @@ class TopItems:
         Exact in float32, equal scores by lower item_index, the same in any batch. excluded: item_index of items that
         are left out, may name one twice; allowed: bool_V, or None for every item.
         """
-        # By NumPy, which keeps the interpreter's lock meanwhile: to come by it again takes longer than this.
-        ends_B = np.cumsum([len(items) for items in excluded], dtype=np.int64)
-        items_P = np.array(list(chain.from_iterable(excluded)), np.int64)
-        masks = [_EVERY_ITEM if mask is None else mask for mask in allowed]
         if hidden_BD.dtype != torch.float32 or not hidden_BD.is_contiguous():
             hidden_BD = hidden_BD.float().contiguous()
-        of_queries = map(torch.from_numpy, (np.array(k, np.int64), items_P, ends_B))
-        found: tuple[Tensor, Tensor] = self._kernels.top_items(
-            hidden_BD, self._weights_VD, *self._rounded, *of_queries, masks
-        )
+        limits = limits_for_kernel(k, excluded, allowed)
+        found: tuple[Tensor, Tensor] = self._kernels.top_items(hidden_BD, *self.catalogue, *limits)
         return found
+
+
+def limits_for_kernel(
+    k: Sequence[int], excluded: Sequence[Sequence[int]], allowed: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """What `TopItems.best` is told of the queries, as the kernels want it."""
+    # By NumPy, which keeps the interpreter's lock meanwhile: to come by it again takes longer than this.
+    ends = np.array([len(items) for items in excluded], np.int64).cumsum()
+    items = np.array(list(chain.from_iterable(excluded)), np.int64)
+    masks = [_EVERY_ITEM if mask is None else mask for mask in allowed]
+    return torch.from_numpy(np.array(k, np.int64)), torch.from_numpy(items), torch.from_numpy(ends), masks

@@ -13,6 +13,7 @@
 
 #include "bf16.h"
 #include "simd.h"
+#include "transformer.h"
 
 namespace seqray {
 namespace {
@@ -225,22 +226,19 @@ const float* floats(const at::Tensor& tensor, int64_t numel) {
   return tensor.const_data_ptr<float>();
 }
 
-// The tensors of `weights` are, for each block, scale and shift of a norm, weight (inputs, outputs) and bias of qkv and
-// out, the second norm, expand and contract; then the last norm.
-Model model(
-    const at::Tensor& items, double scale, const at::Tensor& positions, bool from_newest,
-    const std::vector<at::Tensor>& weights, int64_t heads, double epsilon) {
-  const int64_t D = items.size(1), blocks = (static_cast<int64_t>(weights.size()) - OF_NORM) / OF_BLOCK;
-  TORCH_CHECK(blocks > 0 && static_cast<int64_t>(weights.size()) == blocks * OF_BLOCK + OF_NORM && D % heads == 0);
+Model model(const Transformer& of) {
+  const std::vector<at::Tensor>& weights = of.weights;
+  const int64_t D = of.table.size(1), blocks = (static_cast<int64_t>(weights.size()) - OF_NORM) / OF_BLOCK;
+  TORCH_CHECK(blocks > 0 && static_cast<int64_t>(weights.size()) == blocks * OF_BLOCK + OF_NORM && D % of.heads == 0);
   const int64_t F = weights[8].size(1);
   Model made{
-      D, heads, F, static_cast<float>(epsilon), static_cast<float>(scale), from_newest,
-      floats(items, items.size(0) * D), floats(positions, positions.size(0) * D), {}, {}};
+      D, of.heads, F, static_cast<float>(of.epsilon), static_cast<float>(of.scale), of.from_newest,
+      floats(of.table, of.table.size(0) * D), floats(of.positions, of.positions.size(0) * D), {}, {}};
   for (int64_t b = 0; b < blocks; b++) {
-    const at::Tensor* of = weights.data() + b * OF_BLOCK;
-    const auto norm = [&](int64_t at) { return Norm{floats(of[at], D), floats(of[at + 1], D)}; };
+    const at::Tensor* part = weights.data() + b * OF_BLOCK;
+    const auto norm = [&](int64_t at) { return Norm{floats(part[at], D), floats(part[at + 1], D)}; };
     const auto layer = [&](int64_t at, int64_t inputs, int64_t outputs) {
-      return Layer{floats(of[at], inputs * outputs), floats(of[at + 1], outputs)};
+      return Layer{floats(part[at], inputs * outputs), floats(part[at + 1], outputs)};
     };
     made.blocks.push_back({norm(0), layer(2, D, 3 * D), layer(4, D, D), norm(6), layer(8, D, F), layer(10, F, D)});
   }
@@ -248,25 +246,37 @@ Model model(
   return made;
 }
 
-// Hidden states (B, D) after the newest event of each history: `items` (T), `lengths` (B), `added` (T, D) or none;
-// `table` (V, D) of the items' vectors, `positions` (longest, D).
-at::Tensor transformer(
-    const at::Tensor& items, const at::Tensor& lengths, const std::optional<at::Tensor>& added, const at::Tensor& table,
-    double scale, const at::Tensor& positions, bool from_newest, const std::vector<at::Tensor>& weights, int64_t heads,
-    double epsilon) {
-  const Model of = model(table, scale, positions, from_newest, weights, heads, epsilon);
+// A hidden state as it meets the items.
+void question(const Transformer& of, int64_t D, float* hidden) {
+  float factor = static_cast<float>(1 / of.temperature);
+  if (of.normalize) {
+    float squares = 0;
+    for (int64_t i = 0; i < D; i++) squares += hidden[i] * hidden[i];
+    factor /= std::max(std::sqrt(squares), 1e-12f);
+  }
+  if (factor == 1) return;
+  for (int64_t i = 0; i < D; i++) hidden[i] *= factor;
+}
+
+}  // namespace
+
+at::Tensor run(
+    const Transformer& transformer, const at::Tensor& items, const at::Tensor& lengths,
+    const std::optional<at::Tensor>& added) {
+  const Model of = model(transformer);
   const int64_t B = lengths.numel(), T = items.numel();
   TORCH_CHECK(items.is_contiguous() && lengths.is_contiguous());
   const int64_t *item = items.const_data_ptr<int64_t>(), *length = lengths.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < T; t++) TORCH_CHECK_INDEX(item[t] >= 0 && item[t] < table.size(0), "no such item");
+  const int64_t V = transformer.table.size(0), longest = transformer.positions.size(0);
+  for (int64_t t = 0; t < T; t++) TORCH_CHECK_INDEX(item[t] >= 0 && item[t] < V, "no such item");
   std::vector<int64_t> begin{0};
   for (int64_t b = 0; b < B; b++) {
-    TORCH_CHECK(length[b] > 0 && length[b] <= positions.size(0), "a history is empty or too long");
+    TORCH_CHECK(length[b] > 0 && length[b] <= longest, "a history is empty or too long");
     begin.push_back(begin.back() + length[b]);
   }
   TORCH_CHECK(begin.back() == T);
   const float* more = added ? floats(*added, T * of.D) : nullptr;
-  const at::Tensor hidden = at::empty({B, of.D}, table.options());
+  const at::Tensor hidden = at::empty({B, of.D}, transformer.table.options());
   float* into = hidden.mutable_data_ptr<float>();
   at::parallel_for(0, B, 1, [&](int64_t first, int64_t stop) {
     static thread_local Workspace space;
@@ -276,9 +286,21 @@ at::Tensor transformer(
       embed(of, item + begin[b], L, more ? more + begin[b] * of.D : nullptr, space.hidden);
       for (const Block& block : of.blocks) apply(of, block, space, L, &block == &of.blocks.back() ? L - 1 : 0);
       of.norm(space.hidden + newest, of.D, of.epsilon, into + b * of.D);
+      question(transformer, of.D, into + b * of.D);
     }
   });
   return hidden;
+}
+
+namespace {
+
+at::Tensor transformer(
+    const at::Tensor& items, const at::Tensor& lengths, const std::optional<at::Tensor>& added, const at::Tensor& table,
+    double scale, const at::Tensor& positions, bool from_newest, std::vector<at::Tensor> weights, int64_t heads,
+    double epsilon, bool normalize, double temperature) {
+  const Transformer of{
+      table, scale, positions, from_newest, std::move(weights), heads, epsilon, normalize, temperature};
+  return run(of, items, lengths, added);
 }
 
 }  // namespace
@@ -286,7 +308,7 @@ at::Tensor transformer(
 TORCH_LIBRARY_FRAGMENT(seqray, library) {
   library.def(
       "transformer(Tensor items, Tensor lengths, Tensor? added, Tensor table, float scale, Tensor positions, bool "
-      "from_newest, Tensor[] weights, int heads, float epsilon) -> Tensor",
+      "from_newest, Tensor[] weights, int heads, float epsilon, bool normalize, float temperature) -> Tensor",
       &transformer);
 }
 

@@ -37,6 +37,10 @@ class Transformer:
     """Whether the first position is the newest event's."""
     blocks: Sequence[TransformerBlock]
     norm: nn.LayerNorm
+    normalize: bool = False
+    """Whether the hidden states are L2-normalised."""
+    temperature: float = 1.0
+    """What they are divided by then."""
 
 
 class TransformerKernel:
@@ -44,9 +48,13 @@ class TransformerKernel:
 
     def __init__(self, kernels: Any, model: Transformer) -> None:
         self._kernel = kernels.transformer
-        self._inputs = (model.table_VD.contiguous(), model.scale, model.positions_LD.contiguous(), model.from_newest)
         weights = [tensor for block in model.blocks for tensor in _weights(block)] + _norm(model.norm)
-        self._blocks = ([tensor.detach() for tensor in weights], model.blocks[0].num_heads, model.norm.eps)
+        self.settings = (
+            model.table_VD.contiguous(), model.scale, model.positions_LD.contiguous(), model.from_newest,
+            [tensor.detach() for tensor in weights], model.blocks[0].num_heads, model.norm.eps,
+            model.normalize, model.temperature,
+        )  # fmt: skip
+        """As the kernels want them."""
 
     @classmethod
     def of(cls, model: Transformer, build: bool) -> "TransformerKernel | None":
@@ -60,7 +68,7 @@ class TransformerKernel:
 
         added_TD: what is added to the vectors of the events. The interpreter's lock is given away meanwhile.
         """
-        return cast(Tensor, self._kernel(items_T, lengths_B, added_TD, *self._inputs, *self._blocks))
+        return cast(Tensor, self._kernel(items_T, lengths_B, added_TD, *self.settings))
 
 
 def _weights(block: TransformerBlock) -> list[Tensor]:

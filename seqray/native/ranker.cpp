@@ -1,0 +1,194 @@
+// Histories in the ids of the shop in, the best items out, in one call: ids become indices, the transformer reads them,
+// and the catalogue meets what it says. The interpreter's lock is free from the first to the last.
+//
+// Shapes: B queries, N ids of all histories, V items + padding, D hidden, K top-k, P pairs (query, excluded item).
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <torch/custom_class.h>
+
+#include <cstring>
+#include <limits>
+#include <string_view>
+
+#include "top_items.h"
+#include "transformer.h"
+
+namespace seqray {
+namespace {
+
+// Ids as UTF-8, each ending where `ends` says, and a table of them: half a hash and the item_index in a slot, 0: free.
+class Ids {
+ public:
+  Ids(const at::Tensor& text, const at::Tensor& ends) : text_(text), ends_(ends) {
+    TORCH_CHECK(text.is_contiguous() && ends.is_contiguous());
+    const int64_t V = ends.numel() + 1;
+    size_t size = 64;
+    while (size < static_cast<size_t>(2 * V)) size *= 2;
+    slots_.assign(size, 0);
+    for (int64_t item = 1; item < V; item++) {
+      const uint64_t hash = hash_of(id(item));
+      size_t place = hash & (size - 1);
+      while (slots_[place]) place = (place + 1) & (size - 1);
+      slots_[place] = slot(hash, item);
+    }
+  }
+
+  // The item_index of each id, 0 where there is none. Each step asks for the memory of the next before that is needed,
+  // a few ids ahead: what takes time here is to wait for it.
+  void look_up(const std::vector<std::string_view>& ids, int64_t* found) const {
+    const size_t count = ids.size(), mask = slots_.size() - 1;
+    std::vector<uint64_t> hash(count);
+    for (size_t i = 0; i < count; i++) {
+      hash[i] = hash_of(ids[i]);
+      __builtin_prefetch(&slots_[hash[i] & mask]);
+    }
+    const int64_t* ends = ends_.const_data_ptr<int64_t>();
+    const char* text = letters();
+    for (size_t i = 0; i < count; i++) {
+      found[i] = next(hash[i], hash[i] & mask).second;
+      if (found[i]) __builtin_prefetch(ends + found[i] - 1);
+    }
+    for (size_t i = 0; i < count; i++) {
+      if (found[i] > 1) __builtin_prefetch(text + ends[found[i] - 2]);
+    }
+    for (size_t i = 0; i < count; i++) {
+      if (found[i] && id(found[i]) != ids[i]) found[i] = search(hash[i], ids[i]);
+    }
+  }
+
+ private:
+  static uint64_t hash_of(std::string_view id) {  // FNV-1a, with its high bits mixed down
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (const char letter : id) hash = (hash ^ static_cast<unsigned char>(letter)) * 0x100000001b3u;
+    hash = (hash ^ (hash >> 32)) * 0x9e3779b97f4a7c15u;
+    return hash ^ (hash >> 29);
+  }
+
+  static uint64_t slot(uint64_t hash, int64_t item) { return (hash & 0xffffffff00000000u) | static_cast<uint64_t>(item); }
+
+  // The next slot from `place` on with half this hash, and its item; item 0 where there is none.
+  std::pair<size_t, int64_t> next(uint64_t hash, size_t place) const {
+    const size_t mask = slots_.size() - 1;
+    for (; slots_[place]; place = (place + 1) & mask) {
+      if ((slots_[place] ^ hash) >> 32 == 0) return {place, static_cast<int64_t>(slots_[place] & 0xffffffffu)};
+    }
+    return {place, 0};
+  }
+
+  int64_t search(uint64_t hash, std::string_view wanted) const {
+    for (size_t start = hash & (slots_.size() - 1);;) {
+      const auto [place, item] = next(hash, start);
+      if (!item || id(item) == wanted) return item;
+      start = (place + 1) & (slots_.size() - 1);
+    }
+  }
+
+  const char* letters() const { return reinterpret_cast<const char*>(text_.const_data_ptr<uint8_t>()); }
+
+  std::string_view id(int64_t item) const {
+    const int64_t* ends = ends_.const_data_ptr<int64_t>();
+    const int64_t begin = item > 1 ? ends[item - 2] : 0;
+    return {letters() + begin, static_cast<size_t>(ends[item - 1] - begin)};
+  }
+
+  at::Tensor text_, ends_;
+  std::vector<uint64_t> slots_;
+};
+
+// The parts of a text that NULs part.
+std::vector<std::string_view> split(const at::Tensor& text, int64_t count) {
+  std::vector<std::string_view> parts;
+  parts.reserve(count);
+  const char* at = reinterpret_cast<const char*>(text.const_data_ptr<uint8_t>());
+  const char* end = at + text.numel();
+  for (int64_t i = 0; i < count; i++) {
+    const void* nul = at < end ? std::memchr(at, 0, end - at) : nullptr;
+    const char* stop = nul ? static_cast<const char*>(nul) : end;
+    TORCH_CHECK((stop == end) == (i == count - 1), "another number of ids than told");
+    parts.emplace_back(at, stop - at);
+    at = stop + 1;
+  }
+  return parts;
+}
+
+at::Tensor tensor_of(const std::vector<int64_t>& values) {
+  at::Tensor made = at::empty(static_cast<int64_t>(values.size()), at::kLong);
+  std::copy(values.begin(), values.end(), made.mutable_data_ptr<int64_t>());
+  return made;
+}
+
+class Ranker : public torch::CustomClassHolder {
+ public:
+  Ranker(
+      const at::Tensor& text, const at::Tensor& ends, const at::Tensor& table, double scale, const at::Tensor& positions,
+      bool from_newest, std::vector<at::Tensor> weights, int64_t heads, double epsilon, bool normalize,
+      double temperature, const at::Tensor& item_weights, const at::Tensor& codes, const at::Tensor& step,
+      const at::Tensor& bounds)
+      : ids_(text, ends), transformer_{table, scale, positions, from_newest, std::move(weights), heads, epsilon,
+                                       normalize, temperature},
+        catalogue_{item_weights, codes, step, bounds} {}
+
+  // item_index of each id (N), 0 for unknown ones, and item_index (B, K) and score of the best items after each
+  // history: 0 and -inf where fewer are allowed, and in the rows of histories without a known id.
+  //
+  // `text`: the ids of all histories with NULs between; `counts` (B): how many each has; `hides_seen` (B): whether they
+  // are excluded; `k`, `excluded`, `ends`, `allowed`: see top_items.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> best(
+      const at::Tensor& text, const at::Tensor& counts, const at::Tensor& k, const at::Tensor& hides_seen,
+      const at::Tensor& excluded, const at::Tensor& ends, const std::vector<at::Tensor>& allowed) {
+    const int64_t B = counts.numel(), longest = transformer_.positions.size(0);
+    const int64_t *count = counts.const_data_ptr<int64_t>(), *end = ends.const_data_ptr<int64_t>();
+    const at::Tensor found = at::empty(counts.sum().item<int64_t>(), at::kLong);
+    int64_t* items = found.mutable_data_ptr<int64_t>();
+    ids_.look_up(split(text, found.numel()), items);
+    std::vector<int64_t> rows, read, lengths, hidden_items, hidden_ends, wanted;
+    std::vector<at::Tensor> masks;
+    for (int64_t b = 0, at = 0; b < B; at += count[b++]) {
+      std::vector<int64_t> known;
+      std::copy_if(items + at, items + at + count[b], std::back_inserter(known), [](int64_t item) { return item > 0; });
+      if (known.empty()) continue;
+      rows.push_back(b), masks.push_back(allowed[b]), wanted.push_back(k.const_data_ptr<int64_t>()[b]);
+      lengths.push_back(std::min<int64_t>(known.size(), longest));
+      read.insert(read.end(), known.end() - lengths.back(), known.end());
+      const int64_t* given = excluded.const_data_ptr<int64_t>();
+      hidden_items.insert(hidden_items.end(), given + (b ? end[b - 1] : 0), given + end[b]);
+      if (hides_seen.const_data_ptr<bool>()[b]) hidden_items.insert(hidden_items.end(), known.begin(), known.end());
+      hidden_ends.push_back(hidden_items.size());
+    }
+    const int64_t K = std::max<int64_t>(1, std::min(k.max().item<int64_t>(), catalogue_.weights.size(0)));
+    at::Tensor index = at::zeros({B, K}, at::kLong);
+    at::Tensor scores = at::full({B, K}, -std::numeric_limits<float>::infinity(), at::kFloat);
+    if (rows.empty()) return {found, index, scores};
+    const at::Tensor hidden = run(transformer_, tensor_of(read), tensor_of(lengths), {});
+    const auto [best_index, best_scores] =
+        top_items(catalogue_, hidden, tensor_of(wanted), tensor_of(hidden_items), tensor_of(hidden_ends), masks);
+    const int64_t width = best_index.size(1);
+    for (size_t r = 0; r < rows.size(); r++) {
+      const int64_t from = r * width, into = rows[r] * K;
+      std::copy_n(best_index.const_data_ptr<int64_t>() + from, width, index.mutable_data_ptr<int64_t>() + into);
+      std::copy_n(best_scores.const_data_ptr<float>() + from, width, scores.mutable_data_ptr<float>() + into);
+    }
+    return {found, index, scores};
+  }
+
+ private:
+  Ids ids_;
+  Transformer transformer_;
+  Catalogue catalogue_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(seqray, library) {
+  library.class_<Ranker>("Ranker")
+      .def(torch::init<
+           const at::Tensor&, const at::Tensor&, const at::Tensor&, double, const at::Tensor&, bool,
+           std::vector<at::Tensor>, int64_t, double, bool, double, const at::Tensor&, const at::Tensor&,
+           const at::Tensor&, const at::Tensor&>())
+      .def("best", &Ranker::best);
+}
+
+}  // namespace seqray
