@@ -5,8 +5,6 @@
 // so far cannot be among the k best. Few are left; these are scored again in float32, each sum in the same order
 // whatever the batch and the threads, and sorted: equal scores by lower item_index.
 //
-// What all items have in common moves all scores of a query alike, so that it is taken out before the rounding.
-//
 // Shapes: B queries, D hidden (K: padded for products), V items + padding, P pairs (query, excluded item).
 
 #include <ATen/core/Tensor.h>
@@ -18,17 +16,16 @@
 #include <cstring>
 #include <limits>
 
-#include "bf16.h"
-#include "simd.h"
+#include "rounding.h"
 #include "top_items.h"
 
 namespace seqray {
 namespace {
 
-constexpr int64_t ITEMS = 64, VECTORS = ITEMS / LANES, QUERIES = 4, FEWEST = 256;
+constexpr int64_t VECTORS = ITEMS / LANES, QUERIES = 4, FEWEST = 256;
 // QUERIES of a product: with more of them the compiler runs out of registers.
 // FEWEST: candidates of a query before those are dropped that do not matter any more.
-constexpr float LARGEST = 127, ROUNDING = 1e-5f;  // ROUNDING: float32's, of any product
+constexpr float ROUNDING = 1e-5f;  // float32's, of any product
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 struct Scored {
@@ -91,32 +88,6 @@ class Candidates {
   int64_t k_, room_;
   float slack_;
   std::vector<float> best_;  // descending, from 1 on
-};
-
-float dot(const float* left, const float* right, int64_t D) {
-  __m512 sum = _mm512_setzero_ps();
-  columns(D, [&](int64_t i, __mmask16 some) { sum = _mm512_fmadd_ps(load(left + i, some), load(right + i, some), sum); });
-  return _mm512_reduce_add_ps(sum);
-}
-
-float norm(const float* row, int64_t D) { return std::sqrt(dot(row, row, D)); }
-
-// A row in int8: what a step stands for, the norm of the rounded row and of what the rounding took.
-struct Rounded {
-  Rounded(const float* row, int64_t D, int8_t* into) {
-    float largest = 0;
-    for (int64_t i = 0; i < D; i++) largest = std::max(largest, std::abs(row[i]));
-    step = largest > 0 ? largest / LARGEST : 1;
-    float squares = 0, of_rest = 0;
-    for (int64_t i = 0; i < D; i++) {
-      into[i] = static_cast<int8_t>(std::lrint(std::clamp(row[i] / step, -LARGEST, LARGEST)));
-      const float value = into[i] * step, rest = row[i] - value;
-      squares += value * value, of_rest += rest * rest;
-    }
-    size = std::sqrt(squares), error = std::sqrt(of_rest);
-  }
-
-  float step, size, error;
 };
 
 // The catalogue as pack_items made it.
@@ -237,41 +208,6 @@ std::vector<Scored> best(
   return all;
 }
 
-// The mean of the rows (D).
-std::vector<float> mean_row(const float* rows, int64_t V, int64_t D) {
-  std::vector<double> sums(D);
-  for (int64_t v = 1; v < V; v++) {
-    for (int64_t i = 0; i < D; i++) sums[i] += rows[v * D + i];
-  }
-  std::vector<float> mean(D);
-  for (int64_t i = 0; i < D; i++) mean[i] = static_cast<float>(sums[i] / std::max<int64_t>(V - 1, 1));
-  return mean;
-}
-
-// The catalogue's weights (V, D): `codes` and `step` of Items, and its `size`, `error` and `norm`.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_items(const at::Tensor& weights) {
-  TORCH_CHECK(weights.is_contiguous() && weights.scalar_type() == at::kFloat);
-  const int64_t V = weights.size(0), D = weights.size(1), K = rounded(D, 4), tiles = (V + ITEMS - 1) / ITEMS;
-  const float* from = weights.const_data_ptr<float>();
-  at::Tensor codes = at::zeros(tiles * ITEMS * K, at::kByte), steps = at::zeros(tiles * ITEMS, at::kFloat);
-  at::Tensor bounds = at::zeros(3, at::kFloat);
-  uint8_t* into = codes.mutable_data_ptr<uint8_t>();
-  float *step = steps.mutable_data_ptr<float>(), *bound = bounds.mutable_data_ptr<float>();
-  const std::vector<float> mean = mean_row(from, V, D);
-  std::vector<float> row(D);
-  std::vector<int8_t> code(D);
-  for (int64_t v = 1; v < V; v++) {
-    for (int64_t i = 0; i < D; i++) row[i] = from[v * D + i] - mean[i];
-    const Rounded found(row.data(), D, code.data());
-    uint8_t* tile = into + v / ITEMS * ITEMS * K + v % ITEMS * 4;
-    for (int64_t i = 0; i < D; i++) tile[i / 4 * 4 * ITEMS + i % 4] = static_cast<uint8_t>(code[i] + 128);
-    step[v] = found.step;
-    bound[0] = std::max(bound[0], found.size), bound[1] = std::max(bound[1], found.error);
-    bound[2] = std::max(bound[2], norm(from + v * D, D));
-  }
-  return {codes, steps, bounds};
-}
-
 std::vector<Limits> limits_of(
     const at::Tensor& k, const at::Tensor& excluded, const at::Tensor& ends, const std::vector<at::Tensor>& allowed,
     int64_t V) {
@@ -341,7 +277,6 @@ std::tuple<at::Tensor, at::Tensor> top_items_of(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqray, library) {
-  library.def("pack_items(Tensor weights) -> (Tensor, Tensor, Tensor)", &pack_items);
   library.def(
       "top_items(Tensor hidden, Tensor weights, Tensor codes, Tensor step, Tensor bounds, Tensor k, Tensor excluded, "
       "Tensor ends, Tensor[] allowed) -> (Tensor, Tensor)",
