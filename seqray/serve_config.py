@@ -124,15 +124,17 @@ class ServeConfig(Section):
     """Replicas at the most."""
     target_ongoing_requests: float = Field(16.0, gt=0)
     """Requests in flight for each replica that autoscaling aims at."""
-    upscale_delay_s: float = Field(2.0, ge=0)
-    """Seconds of load above the target before replicas are added."""
+    upscale_delay_s: float = Field(0.5, ge=0)
+    """Seconds of load above the target before replicas are added. A target of a few requests is passed by chance too
+    often: with 2 replicas are not added for nothing."""
     downscale_delay_s: float = Field(60.0, ge=0)
     """Seconds of load below the target before replicas are removed."""
     downscale_to_zero_delay_s: float = Field(300.0, ge=0)
     """The same for the last one, with min_replicas: 0. Load is sampled: requests far apart may pass for none."""
-    metrics_interval_s: float = Field(0.5, gt=0)
-    """Seconds between the replicas' load reports; Ray's own default of 10 makes autoscaling slow."""
-    look_back_s: float = Field(2.0, gt=0)
+    metrics_interval_s: float = Field(0.25, gt=0)
+    """Seconds between the replicas' load reports; Ray's own default of 10 makes autoscaling slow. Each costs
+    Ray's controller about a millisecond of CPU: with a hundred replicas take 1, and 2 for look_back_s."""
+    look_back_s: float = Field(1.0, gt=0)
     """Seconds over which the load is averaged; of Ray's own default of 30, ten pass before a rise counts."""
     max_batch_size: int = Field(32, ge=1)
     """Requests ranked in one forward pass."""
