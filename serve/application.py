@@ -11,7 +11,8 @@ from starlette.responses import Response
 from seqray.serve_config import ServeConfig
 from serve import events, health, metrics_page, models, page, recommending, searching
 from serve.bodies import answer_headers
-from serve.entrance import Entrance
+from serve.client import ClientLeft
+from serve.entrance import CLIENT_LEFT, Entrance
 from serve.guard import Guard
 from serve.journal import Journal
 from serve.middleware import Application, Receive, Send
@@ -99,8 +100,8 @@ def _endpoint(service: Service, handler: Handler) -> Callable[[Request], Awaitab
             return await handler(service, request)
         except Problem as problem:
             return problem.response(answer_headers())
-        except ClientDisconnect:
-            return Response(status_code=400)  # nobody is there to read it
+        except (ClientDisconnect, ClientLeft):
+            return Response(status_code=CLIENT_LEFT)  # for the counts: nobody is there to read it
 
     return endpoint
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 from typing import Generic, NamedTuple, TypeVar
 
+from serve.client import LONG_WAIT_S, Client, ClientLeft
 from serve.record import Record, current
 
 Request = TypeVar("Request")
@@ -18,6 +19,16 @@ class _Waiting(NamedTuple, Generic[Request, Answer]):
     answer: "asyncio.Future[Answer]"
     record: Record
     since: float
+    client: Client | None
+
+    def is_in_vain(self, now: float) -> bool:
+        """Whether nobody waits for the answer; who does not know yet is told."""
+        if self.answer.done():
+            return True
+        if self.client is None or now - self.since < LONG_WAIT_S or not self.client.has_left():
+            return False
+        self.answer.set_exception(ClientLeft())
+        return True
 
 
 class Batcher(Generic[Request, Answer]):
@@ -33,13 +44,16 @@ class Batcher(Generic[Request, Answer]):
         self._running = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batcher")
 
-    async def submit(self, request: Request) -> Answer:
-        """The answer to `request`; the exception of its batch when that failed."""
+    async def submit(self, request: Request, client: Client | None = None) -> Answer:
+        """The answer to `request`; the exception of its batch when that failed.
+
+        ClientLeft when `client` was gone after a long wait: such a request gets into no batch.
+        """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Answer] = loop.create_future()
         record = current()
         record.lap("parse")  # with what was made of the fields before they came here
-        self._waiting.append(_Waiting(request, answer, record, perf_counter()))
+        self._waiting.append(_Waiting(request, answer, record, perf_counter(), client))
         if not self._running:
             self._start(loop)
         found = await answer
@@ -57,13 +71,13 @@ class Batcher(Generic[Request, Answer]):
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         batch: list[_Waiting[Request, Answer]] = []
+        started = perf_counter()
         while self._waiting and len(batch) < self._max_batch_size:
             waiting = self._waiting.popleft()
-            if not waiting.answer.cancelled():
+            if not waiting.is_in_vain(started):
                 batch.append(waiting)
         self._running = bool(batch)
         if batch:
-            started = perf_counter()
             for waiting in batch:
                 waiting.record.longest("queue", started - waiting.since)
             batch[0].record.batches.append(len(batch))
@@ -85,11 +99,11 @@ class Batcher(Generic[Request, Answer]):
     ) -> None:
         self._start(loop)  # first, so that the model works while the answers are sent
         failure, seconds = result.exception(), perf_counter() - started
-        for position, (_, answer, record, _) in enumerate(batch):
-            record.longest("rank", seconds)
-            if answer.done():
-                continue  # the client left
+        for position, waiting in enumerate(batch):
+            waiting.record.longest("rank", seconds)
+            if waiting.answer.done():
+                continue  # its deadline passed
             if failure is not None:
-                answer.set_exception(failure)
+                waiting.answer.set_exception(failure)
             else:
-                answer.set_result(result.result()[position])
+                waiting.answer.set_result(result.result()[position])

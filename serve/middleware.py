@@ -16,6 +16,12 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 REQUEST_ID = b"x-request-id"
+UNWATCHED = (b"x-request-disconnect-disabled", b"?1")
+"""Tells Ray Serve not to watch whether the client leaves, for which it starts two tasks and waits for both."""
+SELF_WATCHED = frozenset(
+    ("/v1/recommend", "/v1/recommend:batch", "/v1/similar-items", "/v1/rank", "/v1/explain")
+)  # fmt: skip
+"""Where the batcher asks for clients that left, see `serve.client`."""
 DETAILS = {
     408: "The request took too long.",
     404: "There is nothing at this path.",
@@ -25,7 +31,7 @@ DETAILS = {
 
 def middlewares() -> list[Middleware]:
     """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: Ray Serve puts these around every HTTP entrance."""
-    return [Middleware(ProblemMiddleware)]
+    return [Middleware(ProblemMiddleware, in_replica=_in_replica())]
 
 
 class ProblemMiddleware:
@@ -33,10 +39,15 @@ class ProblemMiddleware:
 
     Headers that are not UTF-8 are answered 400: Ray Serve decodes all of them and would fail with 500. Ray Serve
     echoes any X-Request-Id beside the application's: it gets to see only a fit one, and the client one only.
+    Whether Ray Serve watches the client is not the client's to say.
     """
 
-    def __init__(self, application: Application) -> None:
-        self._application = application
+    def __init__(self, application: Application, in_replica: bool = False) -> None:
+        """in_replica: the application is in this process, and looks itself for clients that left.
+
+        A proxy of Ray Serve in another process is the only one that can tell it.
+        """
+        self._application, self._self_watched = application, SELF_WATCHED if in_replica else frozenset()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -45,9 +56,17 @@ class ProblemMiddleware:
         elif not _is_utf8(scope["headers"]):
             await Problem(400, "A header is not UTF-8.").response({})(scope, receive, send)
         else:
-            given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+            given, headers = b"", []
+            for header in scope["headers"]:
+                if header[0] == REQUEST_ID:
+                    given = given or header[1]
+                elif header[0] != UNWATCHED[0]:
+                    headers.append(header)
             request_id = fit_or_new(given.decode("utf-8")).encode("ascii")
-            scope["headers"] = [*_without(scope["headers"], REQUEST_ID), (REQUEST_ID, request_id)]
+            headers.append((REQUEST_ID, request_id))
+            if scope["path"] in self._self_watched:
+                headers.append(UNWATCHED)
+            scope["headers"] = headers
             await self._application(scope, receive, _sender(scope, receive, send, request_id))
 
 
@@ -85,7 +104,19 @@ def _without(headers: Iterable[Header], name: bytes) -> list[Header]:
 def _is_utf8(headers: Iterable[Header]) -> bool:
     try:
         for _, value in headers:
-            value.decode("utf-8")
+            if not value.isascii():
+                value.decode("utf-8")
     except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _in_replica() -> bool:
+    import ray.serve  # here: whoever asks has imported it long ago
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        ray.serve.get_replica_context()
+    except RayServeException:
         return False
     return True

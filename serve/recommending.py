@@ -10,6 +10,7 @@ from starlette.responses import Response
 from seqray.recommender import Query, Recommendation, SimilarQuery
 from serve.answers import recommendation
 from serve.bodies import Path, answer, answer_headers, parse, read_json
+from serve.client import Client
 from serve.problems import Problem
 from serve.requests import (
     BatchRequest,
@@ -45,7 +46,8 @@ async def batch(service: Service, request: Request) -> Response:
     began = time.monotonic()
     asked = parse(BatchRequest, await read_json(request)).requests
     models = service.models  # for all of them, so that a new model does not come in between
-    entries = (_entry(service, models, data, ("requests", place), began) for place, data in enumerate(asked))
+    client = Client(request.receive)
+    entries = (_entry(service, models, client, data, ("requests", place), began) for place, data in enumerate(asked))
     return answer({"results": await asyncio.gather(*entries)}, answer_headers())
 
 
@@ -54,7 +56,8 @@ async def similar_items(service: Service, request: Request) -> Response:
     began = time.monotonic()
     asked = parse(SimilarItemsRequest, await read_json(request))
     model = service.champion
-    found = await _in_time(service, model, asked.asked(model.recommender), asked.deadline_ms, began)
+    client = Client(request.receive)
+    found = await _in_time(service, model, client, asked.asked(model.recommender), asked.deadline_ms, began)
     body = recommendation(model, found, asked.include, _no_item(found, asked.filter))
     return answer(body, answer_headers(model.version))
 
@@ -63,24 +66,27 @@ async def _one_context(service: Service, request: Request, kind: type[Context]) 
     began = time.monotonic()
     read = read_context(kind, await read_json(request))
     model = service.models.for_user(read.context.who)
-    body = await _context_body(service, model, read, began)
+    body = await _context_body(service, model, Client(request.receive), read, began)
     return answer(body, answer_headers(model.version))
 
 
-async def _entry(service: Service, models: Models, data: Any, path: Path, began: float) -> dict[str, Any]:
+async def _entry(
+    service: Service, models: Models, client: Client, data: Any, path: Path, began: float
+) -> dict[str, Any]:
     try:
         read = read_context(RecommendRequest, data, path)
         model = models.for_user(read.context.who)
-        return {"result": await _context_body(service, model, read, began, path)}
+        return {"result": await _context_body(service, model, client, read, began, path)}
     except Problem as problem:
         return {"problem": problem.as_json()}
 
 
 async def _context_body(
-    service: Service, model: ServedModel, read: Read, began: float, path: Path = ()
+    service: Service, model: ServedModel, client: Client, read: Read, began: float, path: Path = ()
 ) -> dict[str, Any]:
     context = read.context
-    found = await _in_time(service, model, context.asked(model.recommender, path), context.deadline_ms, began)
+    query = context.asked(model.recommender, path)
+    found = await _in_time(service, model, client, query, context.deadline_ms, began)
     warnings = read.warnings + _no_item(found, getattr(context, "filter", None))
     body = recommendation(model, found, context.include, warnings, read.dropped)
     if isinstance(context, RecommendRequest):
@@ -89,13 +95,18 @@ async def _context_body(
 
 
 async def _in_time(
-    service: Service, model: ServedModel, query: Query | SimilarQuery, deadline_ms: int | None, began: float
+    service: Service,
+    model: ServedModel,
+    client: Client,
+    query: Query | SimilarQuery,
+    deadline_ms: int | None,
+    began: float,
 ) -> Recommendation:
     """The answer; Problem 504 when the deadline, counted from `began`, passes first. Work not begun is dropped."""
     allowed_ms = deadline_ms or service.deadline_ms
     try:
         async with asyncio.timeout(began + allowed_ms / 1000 - time.monotonic()):
-            return await model.recommend(query)
+            return await model.recommend(query, client)
     except TimeoutError as error:
         raise Problem(504, f"The deadline of {allowed_ms} ms has passed.") from error
 

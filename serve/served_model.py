@@ -7,6 +7,7 @@ from typing import Literal
 from seqray.errors import BundleError
 from seqray.recommender import Query, Recommendation, Recommender, SimilarQuery
 from serve.batcher import Batcher
+from serve.client import Client
 from serve.item_search import ItemSearch
 from serve.record import current
 
@@ -33,9 +34,9 @@ class ServedModel:
         self._max_batch_size = max_batch_size
         self._batcher: Batcher[Query | SimilarQuery, Recommendation] = Batcher(recommender.recommend, max_batch_size)
 
-    async def recommend(self, query: Query | SimilarQuery) -> Recommendation:
-        """The answer, from the next batch."""
-        found = await self._batcher.submit(query)
+    async def recommend(self, query: Query | SimilarQuery, client: Client | None = None) -> Recommendation:
+        """The answer, from the next batch; ClientLeft when nobody waited for it any more."""
+        found = await self._batcher.submit(query, client)
         current().answered(found.fallback_used, len(found.unknown_items))
         return found
 

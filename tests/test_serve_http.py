@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -603,16 +604,37 @@ def test_the_measures_are_in_the_export_of_ray(server: Server) -> None:
     assert re.search(asked, ray_export(server))
 
 
+def request_log(server: Server) -> list[dict]:
+    logs = server.folder / "ray" / "session_latest" / "logs"
+    texts = [line for path in logs.glob("worker-*.out") for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in texts if '"request_id"' in line]
+
+
 def test_the_request_log_is_among_the_logs_of_ray(server: Server) -> None:
     server.ask({"user_id": "u-private"}, headers={"X-Request-Id": "find-me"})
-    logs = server.folder / "ray" / "session_latest" / "logs"
 
     def lines() -> list[dict]:
-        texts = [line for path in logs.glob("worker-*.out") for line in path.read_text().splitlines()]
-        return [json.loads(line) for line in texts if '"request_id":"find-me"' in line]
+        return [line for line in request_log(server) if line["request_id"] == "find-me"]
 
     assert until(lambda: len(lines()) == 1)
     assert (lines()[0]["status"], lines()[0]["key"], lines()[0]["model_version"]) == (200, "shop", "tiny-1")
+
+
+def test_a_client_that_leaves_while_its_request_waits_is_logged(server: Server) -> None:
+    body = json.dumps({"history": [f"i{index}" for index in range(1, 15)], "k": 100}).encode()
+    head = f"POST /v1/explain HTTP/1.1\r\nHost: shop\r\nAuthorization: Bearer {server.key}\r\n"
+    request = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+    def some_left() -> bool:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as stays:
+            stays.sendall(request)
+            with socket.create_connection(("127.0.0.1", server.port)) as leaves:
+                leaves.sendall(request)
+                time.sleep(0.002)
+            assert stays.recv(12) == b"HTTP/1.1 200"
+        return any((line["endpoint"], line["status"]) == ("explain", 499) for line in request_log(server))
+
+    assert until(some_left)
 
 
 def until(holds: Callable[[], bool], seconds: float = 30.0) -> bool:
