@@ -12,6 +12,7 @@ from serve.request_id import chance
 from serve.served_model import ServedModel, Variant
 
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+PAIRS = [high + low for high in CROCKFORD for low in CROCKFORD]
 
 
 class Reason(BaseModel):
@@ -78,14 +79,17 @@ def recommendation(
     model: ServedModel, found: Recommendation, include: Sequence[str], warnings: Sequence[str], dropped: int = 0
 ) -> dict[str, Any]:
     """A RecommendResponse. `dropped`: events at the beginning of the request's history that were not taken."""
-    items = []
-    with_score = "score" in include
-    for rank, item in enumerate(found.items, start=1):
-        shown: dict[str, Any] = {"item_id": _plain_id(item.item_id), "rank": rank}
-        if with_score:
-            shown["score"] = item.score
-        shown["source"] = item.source
-        items.append(shown)
+    items: list[dict[str, Any]]
+    if "score" in include:
+        items = [
+            {"item_id": _plain_id(item_id), "rank": rank, "score": score, "source": source}
+            for rank, (item_id, score, source) in enumerate(found.items, start=1)
+        ]
+    else:
+        items = [
+            {"item_id": _plain_id(item_id), "rank": rank, "source": source}
+            for rank, (item_id, _, source) in enumerate(found.items, start=1)
+        ]
     if "metadata" in include:
         for shown, values in zip(items, model.recommender.metadata(item.item_id for item in found.items), strict=True):
             shown["metadata"] = plain(values)
@@ -104,7 +108,7 @@ def recommendation(
 def new_recommendation_id() -> str:
     """rec_ and a ULID: 48 bits of milliseconds and 80 random ones, so that ids sort by time."""
     number = (time.time_ns() // 1_000_000 << 80) | chance.getrandbits(80)
-    return "rec_" + "".join(CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+    return "rec_" + "".join([PAIRS[number >> shift & 1023] for shift in range(120, -1, -10)])
 
 
 def _reason(reason: Influence, dropped: int) -> dict[str, Any]:
@@ -113,4 +117,4 @@ def _reason(reason: Influence, dropped: int) -> dict[str, Any]:
 
 
 def _plain_id(item_id: Any) -> str | int:
-    return item_id if isinstance(item_id, str | int) else str(item_id)
+    return item_id if type(item_id) is str or isinstance(item_id, int) else str(item_id)

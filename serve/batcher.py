@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from serve.client import LONG_WAIT_S, Client, ClientLeft
 from serve.record import Record, current
@@ -44,10 +44,11 @@ class Batcher(Generic[Request, Answer]):
         self._running = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batcher")
 
-    async def submit(self, request: Request, client: Client | None = None) -> Answer:
+    async def submit(self, request: Request, client: Client | None = None, seconds: float | None = None) -> Answer:
         """The answer to `request`; the exception of its batch when that failed.
 
-        ClientLeft when `client` was gone after a long wait: such a request gets into no batch.
+        TimeoutError when it is not there after `seconds`, ClientLeft when `client` was gone after a long wait: what is
+        in no batch by then gets into none.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Answer] = loop.create_future()
@@ -56,7 +57,12 @@ class Batcher(Generic[Request, Answer]):
         self._waiting.append(_Waiting(request, answer, record, perf_counter(), client))
         if not self._running:
             self._start(loop)
-        found = await answer
+        timer = None if seconds is None else loop.call_later(seconds, _give_up, answer)
+        try:
+            found = await answer
+        finally:
+            if timer is not None:
+                timer.cancel()
         record.skip()
         return found
 
@@ -107,3 +113,8 @@ class Batcher(Generic[Request, Answer]):
                 waiting.answer.set_exception(failure)
             else:
                 waiting.answer.set_result(result.result()[position])
+
+
+def _give_up(answer: "asyncio.Future[Any]") -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError())

@@ -4,12 +4,12 @@ import difflib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import orjson
 from pydantic import ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from serve.depth import MAX_DEPTH, is_deeper
@@ -25,10 +25,24 @@ Path = tuple[str | int, ...]
 
 async def read_json(request: Request) -> Any:
     """The JSON of the body; Problem 400, 413 or 415 when it is none, too large, or of another type."""
-    _check_media_type(request)
-    body = await _read_body(request)
+    return parse_json(await read_body(request))
+
+
+async def read_body(request: Request) -> bytes:
+    """The body; Problem 415 when it is no JSON by its headers, 413 as soon as it is known to be too large."""
+    _check_headers(request.scope["headers"])
+    size, parts, more = 0, [], True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part, more = message.get("body", b""), message.get("more_body", False)
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise _too_large()
+        parts.append(part)
     current().lap("read")
-    return parse_json(body)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def parse_json(body: bytes) -> Any:
@@ -75,7 +89,17 @@ def answer(body: Mapping[str, Any], headers: Mapping[str, str], status: int = 20
     except TypeError:  # half of a surrogate pair in an id or a title, or a whole number of more than 64 bits
         encoded = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
     current().lap("encode")
-    return Response(encoded, status, headers=dict(headers), media_type="application/json")
+    return JsonAnswer(encoded, status, headers)
+
+
+class JsonAnswer(Response):
+    """JSON with its headers as they are sent, made in a few steps."""
+
+    def __init__(self, body: bytes, status: int, headers: Mapping[str, str]) -> None:
+        self.body, self.status_code, self.background = body, status, None
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+        for name, value in headers.items():
+            self.raw_headers.append((name.lower().encode("latin-1"), value.encode("latin-1")))
 
 
 def answer_headers(version: str | None = None) -> dict[str, str]:
@@ -102,28 +126,31 @@ def plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def _check_media_type(request: Request) -> None:
-    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
-    charset = parameters.strip().lower()
-    if media_type.strip().lower() != "application/json" or charset not in ("", "charset=utf-8", 'charset="utf-8"'):
+def _check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    media_type = encoding = announced = b""
+    for name, value in headers:
+        if name == b"content-type":
+            media_type = media_type or value
+        elif name == b"content-encoding":
+            encoding = encoding or value
+        elif name == b"content-length":
+            announced = announced or value
+    if media_type != b"application/json" and not _is_json(media_type):
         raise Problem(415, "The body must be application/json in UTF-8.")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if encoding and encoding.lower() != b"identity":
         raise Problem(415, "The body must not be compressed.")
+    if announced.isdigit() and (len(announced) > 9 or int(announced) > MAX_BODY_BYTES):
+        raise _too_large()
 
 
-async def _read_body(request: Request) -> bytes:
-    """The body; Problem 413 as soon as it is known to be too large."""
-    too_large = Problem(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", headers={"Connection": "close"})
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and (len(announced) > 9 or int(announced) > MAX_BODY_BYTES):
-        raise too_large
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise too_large
-        parts.append(part)
-    return b"".join(parts)
+def _is_json(media_type: bytes) -> bool:
+    name, _, parameters = media_type.lower().partition(b";")
+    charset = parameters.strip()
+    return name.strip() == b"application/json" and charset in (b"", b"charset=utf-8", b'charset="utf-8"')
+
+
+def _too_large() -> Problem:
+    return Problem(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", headers={"Connection": "close"})
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from serve.access import Access, access
+from serve.client import at_once
 from serve.guard import Guard, Refusal
 from serve.journal import Journal
 from serve.measures import KEYS_REFUSED, RATE_LIMITED, Measures
@@ -110,12 +111,14 @@ def _in_time(receive: Receive, seconds: float) -> Receive:
         nonlocal is_whole
         if is_whole:
             return await receive()  # whether the client leaves; that may take as long as it takes
-        try:
-            async with asyncio.timeout_at(deadline):
-                message = await receive()
-        except TimeoutError:
-            detail = f"The body did not arrive within {seconds:g} seconds."
-            raise Problem(408, detail, headers={"Connection": "close"}) from None
+        message = at_once(receive)  # as a rule it is there, and needs no timer
+        if message is None:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"The body did not arrive within {seconds:g} seconds."
+                raise Problem(408, detail, headers={"Connection": "close"}) from None
         is_whole = not message.get("more_body", False)
         return message
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 MAX_ID_LETTERS = 512
+MAX_NAME_LETTERS = 256
 
 ID_TAG, EVENT_TAG = "<id>", "<event>"
 """Steps of pydantic's paths that are no fields; no field can have these names."""
@@ -54,7 +55,7 @@ _TIME_SCHEMA = {
 }
 ItemId = Annotated[str | int, PlainValidator(_item_id), WithJsonSchema(_ID_SCHEMA)]
 Timestamp = Annotated[float, PlainValidator(_timestamp), WithJsonSchema(_TIME_SCHEMA)]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LETTERS)]
 
 
 class Strict(BaseModel):
@@ -80,16 +81,25 @@ HistoryEntry = Annotated[
 ]
 
 
+def are_text_ids(value: Any, longest: int) -> bool:
+    """Whether this is a list of 1 to `longest` ids of plain text, the usual case; told by few calls for the whole list.
+
+    Half of a surrogate pair is no plain text.
+    """
+    if type(value) is not list or not 0 < len(value) <= longest or "" in value:
+        return False
+    try:
+        text = "".join(value)
+    except TypeError:  # something else than text
+        return False
+    return text.isascii() and (len(text) <= MAX_ID_LETTERS or max(map(len, value)) <= MAX_ID_LETTERS)
+
+
 def text_ids_first(longest: int) -> WrapValidator:
-    """A list of 1 to `longest` ids of plain text, the usual case, is right without going through pydantic."""
+    """A list of ids that is right without going through pydantic."""
 
     def first(value: Any, check: Callable[[Any], Any]) -> Any:
-        if type(value) is not list or not 0 < len(value) <= longest:
-            return check(value)
-        for one in value:
-            if type(one) is not str or not one.isascii() or not 0 < len(one) <= MAX_ID_LETTERS:
-                return check(value)
-        return value
+        return value if are_text_ids(value, longest) else check(value)
 
     return WrapValidator(first)
 

@@ -6,7 +6,7 @@ A request costs a few additions; what is exported is made when somebody asks (GE
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -17,7 +17,8 @@ from serve.record import Record
 Labels = tuple[str, ...]
 
 
-class Family(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Family:
     """A metric: its name without the endings that Prometheus adds, and the names of its labels."""
 
     name: str

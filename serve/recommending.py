@@ -1,7 +1,7 @@
 """POST /v1/recommend, /v1/recommend:batch, /v1/similar-items, /v1/rank and /v1/explain."""
 
 import asyncio
-import time
+from time import perf_counter
 from typing import Any
 
 from starlette.requests import Request
@@ -9,12 +9,12 @@ from starlette.responses import Response
 
 from seqray.recommender import Query, Recommendation, SimilarQuery
 from serve.answers import recommendation
-from serve.bodies import Path, answer, answer_headers, parse, read_json
+from serve.bodies import Path, answer, answer_headers, parse, parse_json, read_body, read_json
 from serve.client import Client
 from serve.problems import Problem
+from serve.record import current
 from serve.requests import (
     BatchRequest,
-    Context,
     ExplainRequest,
     RankRequest,
     Read,
@@ -24,26 +24,28 @@ from serve.requests import (
 )
 from serve.served_model import ServedModel
 from serve.service import Models, Service
+from serve.usual import read_usual
 
 
 async def recommend(service: Service, request: Request) -> Response:
     """One context in, ranked items out."""
-    return await _one_context(service, request, RecommendRequest)
+    body = await read_body(request)
+    return await _one_context(service, request, read_usual(body) or read_context(RecommendRequest, parse_json(body)))
 
 
 async def rank(service: Service, request: Request) -> Response:
     """Given candidates, ordered for a context."""
-    return await _one_context(service, request, RankRequest)
+    return await _one_context(service, request, read_context(RankRequest, await read_json(request)))
 
 
 async def explain(service: Service, request: Request) -> Response:
     """Which events of the history drove each item."""
-    return await _one_context(service, request, ExplainRequest)
+    return await _one_context(service, request, read_context(ExplainRequest, await read_json(request)))
 
 
 async def batch(service: Service, request: Request) -> Response:
     """Several contexts, a result or a problem for each."""
-    began = time.monotonic()
+    began = current().started
     asked = parse(BatchRequest, await read_json(request)).requests
     models = service.models  # for all of them, so that a new model does not come in between
     client = Client(request.receive)
@@ -53,7 +55,7 @@ async def batch(service: Service, request: Request) -> Response:
 
 async def similar_items(service: Service, request: Request) -> Response:
     """One item in, its like out."""
-    began = time.monotonic()
+    began = current().started
     asked = parse(SimilarItemsRequest, await read_json(request))
     model = service.champion
     client = Client(request.receive)
@@ -62,9 +64,8 @@ async def similar_items(service: Service, request: Request) -> Response:
     return answer(body, answer_headers(model.version))
 
 
-async def _one_context(service: Service, request: Request, kind: type[Context]) -> Response:
-    began = time.monotonic()
-    read = read_context(kind, await read_json(request))
+async def _one_context(service: Service, request: Request, read: Read) -> Response:
+    began = current().started
     model = service.models.for_user(read.context.who)
     body = await _context_body(service, model, Client(request.receive), read, began)
     return answer(body, answer_headers(model.version))
@@ -89,7 +90,7 @@ async def _context_body(
     found = await _in_time(service, model, client, query, context.deadline_ms, began)
     warnings = read.warnings + _no_item(found, getattr(context, "filter", None))
     body = recommendation(model, found, context.include, warnings, read.dropped)
-    if isinstance(context, RecommendRequest):
+    if context.is_recommendation:
         service.compare(model, context.asked, found, body["recommendation_id"])
     return body
 
@@ -105,8 +106,7 @@ async def _in_time(
     """The answer; Problem 504 when the deadline, counted from `began`, passes first. Work not begun is dropped."""
     allowed_ms = deadline_ms or service.deadline_ms
     try:
-        async with asyncio.timeout(began + allowed_ms / 1000 - time.monotonic()):
-            return await model.recommend(query, client)
+        return await model.recommend(query, client, began + allowed_ms / 1000 - perf_counter())
     except TimeoutError as error:
         raise Problem(504, f"The deadline of {allowed_ms} ms has passed.") from error
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -35,6 +35,9 @@ DeadlineMs = Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS)]
 
 class Context(Strict):
     """Who is there, and what they did."""
+
+    is_recommendation: ClassVar[bool] = False
+    """Whether the shadow is asked the same."""
 
     user_id: Name | None = None
     """Chooses the model in a canary release, always the same one; not used for ranking."""
@@ -91,6 +94,7 @@ class RecommendRequest(Context):
     """One context to recommend for."""
 
     model_config = example({"history": ["A1", "B2"], "k": 10})
+    is_recommendation = True
 
     k: int = Field(20, ge=1, le=MAX_K)
     """Items wanted."""
@@ -192,10 +196,27 @@ class ExplainRequest(Context):
         return replace(self.query(), k=len(self.items), candidates=tuple(self.items), exclude_seen=False, explain=True)
 
 
+class UsualRequest:
+    """A RecommendRequest of a few plain fields, see `serve.usual`; the others are as when they are not given."""
+
+    __slots__ = ("_query", "deadline_ms", "who")
+    include = ("score",)
+    filter = None
+    is_recommendation = True
+
+    def __init__(self, query: Query, who: str | None, deadline_ms: int | None) -> None:
+        self._query, self.who, self.deadline_ms = query, who, deadline_ms
+
+    def asked(self, recommender: Recommender, path: Path = ()) -> Query:
+        """See Context."""
+        del recommender, path
+        return self._query
+
+
 class Read(NamedTuple):
     """A context that was read, and what was done to it."""
 
-    context: Context
+    context: Context | UsualRequest
     dropped: int
     """Events at the beginning of the history that were not taken."""
     warnings: list[str]

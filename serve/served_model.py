@@ -34,9 +34,11 @@ class ServedModel:
         self._max_batch_size = max_batch_size
         self._batcher: Batcher[Query | SimilarQuery, Recommendation] = Batcher(recommender.recommend, max_batch_size)
 
-    async def recommend(self, query: Query | SimilarQuery, client: Client | None = None) -> Recommendation:
-        """The answer, from the next batch; ClientLeft when nobody waited for it any more."""
-        found = await self._batcher.submit(query, client)
+    async def recommend(
+        self, query: Query | SimilarQuery, client: Client | None = None, seconds: float | None = None
+    ) -> Recommendation:
+        """The answer, from the next batch; TimeoutError after `seconds`, ClientLeft when nobody waited any more."""
+        found = await self._batcher.submit(query, client, seconds)
         current().answered(found.fallback_used, len(found.unknown_items))
         return found
 
