@@ -2,6 +2,7 @@
 
 import gc
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ from serve.ray_measures import show_in_ray
 from serve.registry import Registry
 from serve.service import Models, Service
 from serve.shadow import Shadow
+
+SWITCH_S = 0.0005
+"""After which the event loop lets the model's thread have the interpreter's lock: with Python's 5 ms the next batch
+would wait as long as it takes."""
 
 
 class Replica:
@@ -35,6 +40,7 @@ class Replica:
         settings: `serve` of the config as plain data.
         """
         spare_collections()
+        sys.setswitchinterval(SWITCH_S)
         serve = ServeConfig.model_validate(settings)
         admission = Admission(trusted, serve.max_bundle_mb, serve.max_items, cache)
         threads = math.ceil(serve.cpus_per_replica)
