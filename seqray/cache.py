@@ -41,7 +41,7 @@ class Cache:
 
     @property
     def index_folder(self) -> Path:
-        """Where indexes of bundles are kept, see `seqray.index_file`; they stay until somebody deletes them."""
+        """Where indexes of bundles are kept, see `seqray.index_file`; the last few that were used."""
         return self.folder / "indexes"
 
     def fetch(self, location: str | Path) -> Path:

@@ -1,5 +1,6 @@
-"""A retrieval index of a bundle, built once on a node and kept in its cache."""
+"""A retrieval index of a bundle, built once on a node and kept in its cache with the last few others."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -24,6 +25,9 @@ from seqray.serve_config import RetrievalConfig
 QUERIES, EVENTS, BEST = 200, 10, 20
 """Recall is measured on so many made-up histories of so many popular items, over the exact BEST."""
 
+KEPT = 6
+"""Indexes of a folder: of champion, challenger and the ways back, in more than one setting. Another is built anew."""
+
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +40,7 @@ def open_retrieval(
     config: RetrievalConfig,
     folder: Path,
 ) -> ApproximateRetrieval:
-    """The index that the node's cache holds for these weights and settings, else a new one.
+    """The index that the node's cache holds for these weights and settings, else a new one, for which old ones go.
 
     A new one is compared with the exact search, and its recall logged; BundleError when that is below
     `config.min_recall`. DataError when the folder cannot be written.
@@ -46,9 +50,10 @@ def open_retrieval(
     path = folder / f"{_key(bundle, config)}.faiss"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{path.stem}.lock").open("w") as lock:
+        with _lock_of(path).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of several replicas of a node one builds it
             if path.exists():
+                os.utime(path)
                 return ApproximateRetrieval(faiss.read_index(str(path)), weights_VD, config, exact)
             began = time.monotonic()
             index = build_index(weights_VD, config)
@@ -64,6 +69,7 @@ def open_retrieval(
                     f"min_recall {config.min_recall:g}; raise effort, probes or candidates, or take type exact"
                 )
             _write(index, path)
+            _delete_unused(folder, path)
     except OSError as error:
         raise DataError(f"{folder}: cannot hold an index: {error}; set cluster.cache_folder") from error
     return retrieval
@@ -74,6 +80,33 @@ def _key(bundle: Bundle, config: RetrievalConfig) -> str:
     return hashlib.sha256(
         json.dumps([config.model_dump(), bundle.manifest["files"]], sort_keys=True).encode()
     ).hexdigest()[:24]
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.lock")
+
+
+def _delete_unused(folder: Path, newest: Path) -> None:
+    """Deletes all but the last KEPT that were used, and what killed processes left half written.
+
+    Who reads or writes an index holds its lock: that one stays, and so does what cannot be deleted. The empty lock
+    files stay too, since another process may be about to take one.
+    """
+    used = {}
+    for path in folder.glob("*.faiss"):
+        with contextlib.suppress(FileNotFoundError):  # another process deletes too
+            used[path] = path.stat().st_mtime
+    old = sorted(used.keys() - {newest}, key=used.__getitem__, reverse=True)[KEPT - 1 :]
+    _delete_unlocked({path: path for path in old})
+    halves = {path: path.with_name(path.stem.removeprefix(".")) for path in folder.glob(".*.faiss.*")}
+    _delete_unlocked({path: index for path, index in halves.items() if index != newest})
+
+
+def _delete_unlocked(index_of: dict[Path, Path]) -> None:
+    for path, index in index_of.items():
+        with contextlib.suppress(OSError), _lock_of(index).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
 
 
 def _write(index: Any, path: Path) -> None:

@@ -1,6 +1,8 @@
 """Indexes of faiss: what they find is scored exactly, and filters hold."""
 
+import fcntl
 import logging
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +13,7 @@ from conftest import save_tiny, tiny_config
 from seqray.bundle import Bundle
 from seqray.catalogue import Catalogue
 from seqray.errors import BundleError
+from seqray.index_file import KEPT
 from seqray.models.protocol import build_model
 from seqray.recommender import Query, Recommender
 from seqray.serve_config import RetrievalConfig
@@ -107,6 +110,33 @@ def test_an_index_is_built_once_and_its_recall_told(
     assert not caplog.records
     assert first == again
     assert [path.suffix for path in tmp_path.iterdir() if not path.name.startswith(".")] == [".faiss"]
+
+
+def test_the_last_indexes_that_were_used_stay(bundle: Bundle, tmp_path: Path) -> None:
+    def use(neighbours: int) -> Path:
+        retrieval = RetrievalConfig(type="hnsw", neighbours=neighbours, effort=20, min_recall=0)
+        before = set(tmp_path.glob("*.faiss"))
+        Recommender(bundle, retrieval=retrieval, index_folder=tmp_path)
+        return next(iter(set(tmp_path.glob("*.faiss")) - before), tmp_path)
+
+    paths = [use(neighbours) for neighbours in range(2, 2 + KEPT)]
+    for age, path in enumerate(reversed(paths)):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    half, under_way = tmp_path / ".1234.faiss.99", tmp_path / ".5678.faiss.99"
+    for path in (half, under_way):
+        path.touch()
+    assert use(2) == tmp_path  # the oldest is there, and is the newest now
+    with (tmp_path / ".5678.lock").open("w") as building, (tmp_path / f".{paths[2].stem}.lock").open("w") as reading:
+        for lock in (building, reading):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        added = [use(100)]
+        assert set(tmp_path.glob("*.faiss")) == {paths[0], *paths[2:], *added}
+        added.append(use(101))  # what should go now is being read
+        assert set(tmp_path.glob("*.faiss")) == {paths[0], *paths[2:], *added}
+    assert not half.exists()
+    assert under_way.exists()
+    added.append(use(102))
+    assert set(tmp_path.glob("*.faiss")) == {paths[0], *paths[4:], *added}
 
 
 def test_an_index_that_finds_too_little_is_refused_and_not_kept(bundle: Bundle, tmp_path: Path) -> None:
