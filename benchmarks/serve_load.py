@@ -1,12 +1,13 @@
-"""The serving path under load, beside a bare FastAPI app around the same Recommender and a Ray Serve that does nothing.
+"""The serving path under load, beside a bare FastAPI app around the same Recommender and Ray Serve that does nothing.
 
     python -m benchmarks.serve_load [--items 100000] [--rate 100] [--seconds 10] [--rounds 2] [--only seqray]
 
 Starts `python -m serve` of a made-up bundle with one replica (SASRec, hidden_dim 64, 2 blocks, histories of 50, k 20),
-the app, and the empty deployment, then puts load on one after the other, in turns, from a process of its own: first
-open loop at `--rate` (latencies count from the moment a request was due), then closed loop with more and more
-connections for the peak. Prints medians over the rounds. The answers of `python -m serve` are compared with the
-Recommender's before.
+the app, and the empty deployment, once with HAProxy and Ray Serve's setting for throughput alone, which is the floor,
+and once in the environment that `python -m serve` makes for itself. Puts load on one after the other, in turns, from a
+process of its own: first open loop at `--rate` (latencies count from the moment a request was due), then closed loop
+with more and more connections for the peak. Prints medians over the rounds. The answers of `python -m serve` are
+compared with the Recommender's before.
 """
 
 import argparse
@@ -32,7 +33,12 @@ from seqray.recommender import Query, Recommender
 
 ROOT = Path(__file__).parent.parent
 CONCURRENCY = (1, 8, 32, 64)
-NAMES = {"seqray": "python -m serve", "fastapi": "bare FastAPI + uvicorn", "nothing": "Ray Serve, no-op"}
+NAMES = {
+    "seqray": "python -m serve",
+    "fastapi": "bare FastAPI + uvicorn",
+    "nothing": "Ray Serve, no-op",
+    "nothing-tuned": "no-op in our environment",
+}
 
 
 def main() -> None:
@@ -80,7 +86,7 @@ def _started(name: str, bundle: Bundle, port: int, folder: Path, settings: list[
             "serve.max_replicas=1", *settings,
         ]  # fmt: skip
     else:
-        part = ["fastapi", bundle.location] if name == "fastapi" else ["nothing"]
+        part = ["fastapi", bundle.location] if name == "fastapi" else [name]
         command = [sys.executable, "-m", "benchmarks.serve_targets", *part, "--port", str(port)]
     environment = {**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="r", dir=folder)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -90,7 +96,7 @@ def _started(name: str, bundle: Bundle, port: int, folder: Path, settings: list[
                 for line in process.stdout:
                     if READY in line or "Ctrl-C" in line:
                         break
-            url = f"http://127.0.0.1:{port}{'/' if name == 'nothing' else '/v1/recommend'}"
+            url = f"http://127.0.0.1:{port}/v1/recommend"
             _wait(url, process)
             yield url
         finally:
@@ -160,7 +166,7 @@ def _print(results: dict[str, list[dict[str, dict[str, Any]]]], arguments: argpa
         peaks[name] = statistics.median(max(round_[f"c={c}"]["per_second"] for c in CONCURRENCY) for round_ in rounds)
         table.add_row(NAMES[name], latency, str(lost), *cells, f"{peaks[name]:.0f}")
     Console(width=180).print(table)
-    for other in ("nothing", "fastapi"):
+    for other in ("nothing", "nothing-tuned", "fastapi"):
         if "seqray" in peaks and other in peaks:
             print(f"peak of python -m serve / {NAMES[other]}: {peaks['seqray'] / peaks[other]:.2f}")
 

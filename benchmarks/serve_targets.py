@@ -1,14 +1,17 @@
 """What serve_load.py puts load on, each started as a process of its own.
 
-A made-up bundle, a bare FastAPI app around the same Recommender, and a Ray Serve deployment that does nothing:
+A made-up bundle, a bare FastAPI app around the same Recommender, and a Ray Serve deployment that does nothing, with Ray
+Serve's settings for throughput alone or in the environment of `python -m serve`:
 
     python -m benchmarks.serve_targets bundle FOLDER --items 100000
     python -m benchmarks.serve_targets fastapi BUNDLE --port 8001
     python -m benchmarks.serve_targets nothing --port 8002
+    python -m benchmarks.serve_targets nothing-tuned --port 8003
 """
 
 import argparse
 import json
+import os
 import random
 import signal
 import threading
@@ -92,18 +95,30 @@ def serve_fastapi(bundle: str, port: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False)
 
 
-def serve_nothing(port: int) -> None:
-    """A deployment of Ray Serve that reads the body and answers always the same, with the settings of our own."""
+def serve_nothing(port: int, tuned: bool) -> None:
+    """A deployment of Ray Serve that reads the body and answers always the same.
+
+    With HAProxy and Ray Serve's setting for throughput, access log off; tuned: as `python -m serve` sets Ray Serve up.
+    """
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from serve.cluster import connect
-    from serve.deploy import stop_cluster
+    from serve.cluster import connect, start_local
+    from serve.deploy import LOGGING, stop_cluster
+    from serve.profile import haproxy_folder, haproxy_places
 
-    config = Config.parse(
-        {"name": "nothing", "data": {"path": "log.csv"}, "cluster": {"address": "local"}, "serve": {"port": port}}
-    )
-    connect(config)
+    if tuned:
+        connect(
+            Config.parse(
+                {"name": "n", "data": {"path": "log.csv"}, "cluster": {"address": "local"}, "serve": {"port": port}}
+            )
+        )
+    else:
+        os.environ.update(
+            haproxy_places(haproxy_folder()), RAY_SERVE_ENABLE_HA_PROXY="1", RAY_SERVE_THROUGHPUT_OPTIMIZED="1"
+        )
+        start_local(2)
+    logging_config = LOGGING if tuned else {"enable_access_log": False}
     import ray.serve
 
     answer = json.dumps({"items": [{"item_id": "item-1", "rank": 1, "score": 1.5, "source": "model"}] * K}).encode()
@@ -114,7 +129,7 @@ def serve_nothing(port: int) -> None:
             return Response(answer, media_type="application/json")
 
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
-    deployment = ray.serve.deployment(max_ongoing_requests=64, logging_config={"enable_access_log": False})(Nothing)
+    deployment = ray.serve.deployment(max_ongoing_requests=64, logging_config=logging_config)(Nothing)
     ray.serve.run(deployment.bind(), name="nothing", route_prefix="/")
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -125,9 +140,9 @@ def serve_nothing(port: int) -> None:
 
 
 def main() -> None:
-    """One of the three."""
+    """One of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("what", choices=["bundle", "fastapi", "nothing"])
+    parser.add_argument("what", choices=["bundle", "fastapi", "nothing", "nothing-tuned"])
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--port", type=int, default=8001)
@@ -137,7 +152,7 @@ def main() -> None:
     elif arguments.what == "fastapi":
         serve_fastapi(arguments.folder, arguments.port)
     else:
-        serve_nothing(arguments.port)
+        serve_nothing(arguments.port, tuned=arguments.what == "nothing-tuned")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - shown as an address that can be asked
 CONSTRUCTOR_TRIES = 3
 DEPLOYMENT = "recommender"
+LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
+"""Of a replica. Below WARNING Ray Serve makes a record for the access log even where that is off."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,7 @@ def _deployment(config: Config) -> Any:
             "metrics_interval_s": serve.metrics_interval_s,
             "look_back_period_s": serve.look_back_s,
         },
-        # At INFO Ray Serve makes a record of each request, which nobody then writes.
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        logging_config=LOGGING,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
     )(ray.serve.ingress()(Replica))
 

@@ -46,24 +46,36 @@ def set_environment(high_throughput: bool, retry_after_s: int, request_timeout_s
         os.environ.setdefault(name, value)
 
 
-def _private_haproxy(retry_after_s: int, request_timeout_s: float) -> dict[str, str]:
+def haproxy_folder() -> Path:
+    """A folder for HAProxy that goes when this process ends."""
     # Not the folder of TMPDIR: the path of a unix socket has 97 characters at the most, of which Ray needs 70.
     folder = Path(tempfile.mkdtemp(prefix="seqray-", dir="/tmp"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def haproxy_places(folder: Path) -> dict[str, str]:
+    """Ports and paths of HAProxy that no other cluster of this machine has."""
     metrics, statistics, fallback = _free_ports(3)
-    environment = {
+    return {
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_IDLE_S),
-        # Also when a replica dies over a request: every endpoint may be asked twice (events have ids).
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+    }
+
+
+def _private_haproxy(retry_after_s: int, request_timeout_s: float) -> dict[str, str]:
+    folder = haproxy_folder()
+    environment = haproxy_places(folder) | {
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_IDLE_S),
+        # Also when a replica dies over a request: every endpoint may be asked twice (events have ids).
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
     }
     binary = _haproxy_binary()
     if binary is not None:
