@@ -13,6 +13,8 @@ from seqray.query import Query, SimilarQuery
 from seqray.retrieval import ExactRetrieval, Ranked, Retrieval, without_never
 from seqray.vocabulary import ItemVocabulary
 
+NOTHING: Ranked = ([], [])
+
 
 class Ranking(NamedTuple):
     """What came of a query with a known item in its history."""
@@ -20,6 +22,8 @@ class Ranking(NamedTuple):
     ranked: Ranked
     unknown: tuple[Hashable, ...]
     """Ids of the history that nobody knows, each once."""
+    items_json: bytes | None
+    """In the place of `ranked` where the query asked for it."""
 
 
 class OneCall:
@@ -50,6 +54,7 @@ class OneCall:
         default = self._exclude_seen
         found = self._ranker.best(
             [query.history for query in queries],
+            [query.as_json for query in queries],
             [query.k for query in queries],
             [default if query.exclude_seen is None else query.exclude_seen for query in queries],
             [[item for item in map(self._index, query.exclude_items) if item] for query in queries],
@@ -57,10 +62,13 @@ class OneCall:
         )
         if found is None:
             return [None] * len(queries)
-        items_N, index_BK, scores_BK = found[0].numpy(), found[1].tolist(), found[2].tolist()
+        items_N, index_BK, scores_BK, pieces = found[0].numpy(), found[1].numpy(), found[2].numpy(), found[3]
         stops = np.cumsum([len(query.history) for query in queries])
         rankings: list[Ranking | None] = [
-            Ranking(without_never(index, scores), ()) for index, scores in zip(index_BK, scores_BK, strict=True)
+            Ranking(NOTHING, (), pieces[row])
+            if query.as_json
+            else Ranking(without_never(index_BK[row].tolist(), scores_BK[row].tolist()), (), None)
+            for row, query in enumerate(queries)
         ]
         for place in set(np.searchsorted(stops, np.flatnonzero(items_N == 0), side="right").tolist()):
             history = queries[place].history

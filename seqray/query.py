@@ -32,6 +32,8 @@ class Query:
     """Only these items; None: the whole catalogue."""
     explain: bool = False
     """Also tell which events of the history drove each item."""
+    as_json: bool = False
+    """The items may come as `items_json`: they do where a kernel can write it."""
 
     def __post_init__(self) -> None:
         """ValueError when `events` or `timestamps` are not parallel to the history."""
@@ -82,3 +84,5 @@ class Recommendation:
     """No item of the history was known."""
     explanations: tuple[tuple[Influence, ...], ...] = ()
     """Of each item, when the query asked for them: the events that raised its score, the strongest first."""
+    items_json: bytes | None = None
+    """The items as a JSON array of objects with item_id, rank, score and source, in the place of `items`."""

@@ -101,7 +101,8 @@ class Recommender:
             rankings = self._one_call.rank(cast(list[Query], [queries[place] for place in usual]))
             for place, ranking in zip(usual, rankings, strict=True):
                 if ranking is not None:
-                    answers[place] = Recommendation(self._ranked_items(ranking.ranked), ranking.unknown)
+                    items = self._ranked_items(ranking.ranked)
+                    answers[place] = Recommendation(items, ranking.unknown, items_json=ranking.items_json)
         rest = [place for place, answer in enumerate(answers) if answer is None]
         for place, answer in zip(rest, self._recommend([queries[place] for place in rest]), strict=True):
             answers[place] = answer

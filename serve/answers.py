@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from seqray.recommender import Influence, Recommendation
@@ -79,6 +80,8 @@ def recommendation(
     model: ServedModel, found: Recommendation, include: Sequence[str], warnings: Sequence[str], dropped: int = 0
 ) -> dict[str, Any]:
     """A RecommendResponse. `dropped`: events at the beginning of the request's history that were not taken."""
+    if found.items_json is not None:
+        return _response(model, found, orjson.Fragment(found.items_json), warnings)
     items: list[dict[str, Any]]
     if "score" in include:
         items = [
@@ -95,6 +98,10 @@ def recommendation(
             shown["metadata"] = plain(values)
     for shown, reasons in zip(items, found.explanations, strict=False):
         shown["explanation"] = [_reason(reason, dropped) for reason in reasons]
+    return _response(model, found, items, warnings)
+
+
+def _response(model: ServedModel, found: Recommendation, items: Any, warnings: Sequence[str]) -> dict[str, Any]:
     return {
         "recommendation_id": new_recommendation_id(),
         "model": model.about,

@@ -30,7 +30,8 @@ from serve.usual import read_usual
 async def recommend(service: Service, request: Request) -> Response:
     """One context in, ranked items out."""
     body = await read_body(request)
-    return await _one_context(service, request, read_usual(body) or read_context(RecommendRequest, parse_json(body)))
+    usual = read_usual(body, as_json=service.shadow is None)  # the shadow compares items
+    return await _one_context(service, request, usual or read_context(RecommendRequest, parse_json(body)))
 
 
 async def rank(service: Service, request: Request) -> Response:

@@ -14,8 +14,8 @@ from serve.requests import MAX_DEADLINE_MS, MAX_HISTORY, MAX_K, Read, UsualReque
 USUAL_FIELDS = frozenset(("history", "k", "user_id", "session_id", "exclude_seen", "deadline_ms"))
 
 
-def read_usual(body: bytes) -> Read | None:
-    """The request that a body says when it is a usual one, and right."""
+def read_usual(body: bytes, as_json: bool = False) -> Read | None:
+    """The request that a body says when it is a usual one, and right. as_json: see Query."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -35,7 +35,7 @@ def read_usual(body: bytes) -> Read | None:
     user_id, session_id = data.get("user_id"), data.get("session_id")
     if not (_is_name(user_id) and _is_name(session_id)):
         return None
-    query = Query(tuple(history), k, exclude_seen=exclude_seen)
+    query = Query(tuple(history), k, exclude_seen=exclude_seen, as_json=as_json)
     return Read(UsualRequest(query, user_id or session_id, deadline_ms), 0, [])
 
 

@@ -1,7 +1,9 @@
 """The kernel that answers a query from its ids on, against the longer way; skipped where it cannot run."""
 
+import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,35 @@ def test_ids_in_one_slot_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
     [answer] = quick.recommend([Query((TWINS[1], "a"))])
     assert answer.unknown_items == (TWINS[1],)
     check(quick, longer, [Query((TWINS[1], "a"))])
+
+
+@pytest.mark.parametrize(
+    "ids", [IDS, range(100, 100 + NUM_ITEMS), ['"', "\\", "\n", "\x01", "ü", *map(str, range(25))]]
+)
+def test_items_as_json_are_the_items(ids: Sequence[Any], tmp_path: Path) -> None:
+    recommender = Recommender(save(tmp_path, ids), build_kernels=True)
+    chance = random.Random(0)
+    queries = [Query(tuple(chance.choices(ids, k=3)), k) for k in (1, 5, 7, 100)] + [Query((ids[0], "never"), 2)]
+    nobody = Query(("never",), 3)
+    plain = recommender.recommend([*queries, nobody])
+    mixed = recommender.recommend([*(replace(query, as_json=True) for query in queries), nobody, *queries])
+    assert mixed[len(queries) + 1 :] == plain[:-1]
+    for items, as_json in zip(plain[:-1], mixed[: len(queries)], strict=True):
+        assert as_json.items == ()
+        assert as_json.unknown_items == items.unknown_items
+        assert as_json.items_json is not None
+        assert json.loads(as_json.items_json) == [
+            {"item_id": item.item_id, "rank": rank, "score": item.score, "source": item.source}
+            for rank, item in enumerate(items.items, start=1)
+        ]
+    [answer] = recommender.recommend([replace(nobody, as_json=True)])
+    assert (answer.items_json, answer.items, answer.fallback_used) == (None, plain[-1].items, True)
+
+
+def test_no_item_left_as_json(tmp_path: Path) -> None:
+    recommender = Recommender(save(tmp_path), build_kernels=True)
+    query = Query(("i1",), exclude_items=tuple(IDS), as_json=True)
+    assert recommender.recommend([query])[0].items_json == b"[]"
 
 
 def test_numbers_as_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,11 @@
 #include <ATen/ops/zeros.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
+#include <charconv>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <string_view>
 
 #include "top_items.h"
@@ -19,25 +22,54 @@
 namespace seqray {
 namespace {
 
-// Ids as UTF-8, each ending where `ends` says, and a table of them: half a hash and the item_index in a slot, 0: free.
+// Something in UTF-8 about each item, one after the other, each ending where `ends` says.
+class Texts {
+ public:
+  Texts(const at::Tensor& letters, const at::Tensor& ends) : letters_(letters), ends_(ends) {
+    TORCH_CHECK(letters.is_contiguous() && ends.is_contiguous());
+  }
+
+  int64_t count() const { return ends_.numel(); }
+
+  std::string_view of(int64_t item) const {
+    const int64_t begin = item > 1 ? ends()[item - 2] : 0;
+    return {letters() + begin, static_cast<size_t>(ends()[item - 1] - begin)};
+  }
+
+  // To wait for memory takes longer than all else here, so it is asked for ahead: first all ends, then all letters.
+  void prefetch(const int64_t* items, size_t count) const {
+    for (size_t i = 0; i < count; i++) {
+      if (items[i] > 0) __builtin_prefetch(ends() + items[i] - 1);
+    }
+    for (size_t i = 0; i < count; i++) {
+      if (items[i] > 1) __builtin_prefetch(letters() + ends()[items[i] - 2]);
+    }
+  }
+
+ private:
+  const int64_t* ends() const { return ends_.const_data_ptr<int64_t>(); }
+  const char* letters() const { return reinterpret_cast<const char*>(letters_.const_data_ptr<uint8_t>()); }
+
+  at::Tensor letters_, ends_;
+};
+
+// Items by their ids: a table with half a hash and the item_index in a slot, 0: free.
 class Ids {
  public:
-  Ids(const at::Tensor& text, const at::Tensor& ends) : text_(text), ends_(ends) {
-    TORCH_CHECK(text.is_contiguous() && ends.is_contiguous());
-    const int64_t V = ends.numel() + 1;
+  Ids(const at::Tensor& letters, const at::Tensor& ends) : texts_(letters, ends) {
+    const int64_t V = texts_.count() + 1;
     size_t size = 64;
     while (size < static_cast<size_t>(2 * V)) size *= 2;
     slots_.assign(size, 0);
     for (int64_t item = 1; item < V; item++) {
-      const uint64_t hash = hash_of(id(item));
+      const uint64_t hash = hash_of(texts_.of(item));
       size_t place = hash & (size - 1);
       while (slots_[place]) place = (place + 1) & (size - 1);
       slots_[place] = slot(hash, item);
     }
   }
 
-  // The item_index of each id, 0 where there is none. Each step asks for the memory of the next before that is needed,
-  // a few ids ahead: what takes time here is to wait for it.
+  // The item_index of each id, 0 where there is none.
   void look_up(const std::vector<std::string_view>& ids, int64_t* found) const {
     const size_t count = ids.size(), mask = slots_.size() - 1;
     std::vector<uint64_t> hash(count);
@@ -45,17 +77,10 @@ class Ids {
       hash[i] = hash_of(ids[i]);
       __builtin_prefetch(&slots_[hash[i] & mask]);
     }
-    const int64_t* ends = ends_.const_data_ptr<int64_t>();
-    const char* text = letters();
+    for (size_t i = 0; i < count; i++) found[i] = next(hash[i], hash[i] & mask).second;
+    texts_.prefetch(found, count);
     for (size_t i = 0; i < count; i++) {
-      found[i] = next(hash[i], hash[i] & mask).second;
-      if (found[i]) __builtin_prefetch(ends + found[i] - 1);
-    }
-    for (size_t i = 0; i < count; i++) {
-      if (found[i] > 1) __builtin_prefetch(text + ends[found[i] - 2]);
-    }
-    for (size_t i = 0; i < count; i++) {
-      if (found[i] && id(found[i]) != ids[i]) found[i] = search(hash[i], ids[i]);
+      if (found[i] && texts_.of(found[i]) != ids[i]) found[i] = search(hash[i], ids[i]);
     }
   }
 
@@ -81,20 +106,12 @@ class Ids {
   int64_t search(uint64_t hash, std::string_view wanted) const {
     for (size_t start = hash & (slots_.size() - 1);;) {
       const auto [place, item] = next(hash, start);
-      if (!item || id(item) == wanted) return item;
+      if (!item || texts_.of(item) == wanted) return item;
       start = (place + 1) & (slots_.size() - 1);
     }
   }
 
-  const char* letters() const { return reinterpret_cast<const char*>(text_.const_data_ptr<uint8_t>()); }
-
-  std::string_view id(int64_t item) const {
-    const int64_t* ends = ends_.const_data_ptr<int64_t>();
-    const int64_t begin = item > 1 ? ends[item - 2] : 0;
-    return {letters() + begin, static_cast<size_t>(ends[item - 1] - begin)};
-  }
-
-  at::Tensor text_, ends_;
+  Texts texts_;
   std::vector<uint64_t> slots_;
 };
 
@@ -120,25 +137,50 @@ at::Tensor tensor_of(const std::vector<int64_t>& values) {
   return made;
 }
 
+void append(std::string& into, const auto& number) {
+  char digits[32];
+  into.append(digits, std::to_chars(digits, digits + sizeof(digits), number).ptr);
+}
+
+// The items of an answer up to the first that may not be returned, as JSON; `names`: their ids as JSON.
+void append_items(std::string& into, const Texts& names, const int64_t* items, const float* scores, int64_t count) {
+  const float* end = std::find(scores, scores + count, -std::numeric_limits<float>::infinity());
+  names.prefetch(items, end - scores);
+  into += '[';
+  for (int64_t i = 0; i < end - scores; i++) {
+    into += i ? ",{\"item_id\":" : "{\"item_id\":";
+    into += names.of(items[i]);
+    into += ",\"rank\":";
+    append(into, i + 1);
+    into += ",\"score\":";
+    append(into, static_cast<double>(scores[i]));
+    into += ",\"source\":\"model\"}";
+  }
+  into += ']';
+}
+
 class Ranker : public torch::CustomClassHolder {
  public:
   Ranker(
-      const at::Tensor& text, const at::Tensor& ends, const at::Tensor& table, double scale, const at::Tensor& positions,
+      const at::Tensor& ids, const at::Tensor& id_ends, const at::Tensor& names, const at::Tensor& name_ends,
+      const at::Tensor& table, double scale, const at::Tensor& positions,
       bool from_newest, std::vector<at::Tensor> weights, int64_t heads, double epsilon, bool normalize,
       double temperature, const at::Tensor& item_weights, const at::Tensor& codes, const at::Tensor& step,
       const at::Tensor& bounds)
-      : ids_(text, ends), transformer_{table, scale, positions, from_newest, std::move(weights), heads, epsilon,
+      : ids_(ids, id_ends), names_(names, name_ends),
+        transformer_{table, scale, positions, from_newest, std::move(weights), heads, epsilon,
                                        normalize, temperature},
         catalogue_{item_weights, codes, step, bounds} {}
 
-  // item_index of each id (N), 0 for unknown ones, and item_index (B, K) and score of the best items after each
-  // history: 0 and -inf where fewer are allowed, and in the rows of histories without a known id.
+  // item_index of each id (N), 0 for unknown ones; item_index (B, K) and score of the best items after each history: 0
+  // and -inf where fewer are allowed, and in the rows of histories without a known id; and where `as_json` (B) asks for
+  // it the items as JSON, one after the other, with the ends (B).
   //
   // `text`: the ids of all histories with NULs between; `counts` (B): how many each has; `hides_seen` (B): whether they
   // are excluded; `k`, `excluded`, `ends`, `allowed`: see top_items.
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> best(
-      const at::Tensor& text, const at::Tensor& counts, const at::Tensor& k, const at::Tensor& hides_seen,
-      const at::Tensor& excluded, const at::Tensor& ends, const std::vector<at::Tensor>& allowed) {
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> best(
+      const at::Tensor& text, const at::Tensor& counts, const at::Tensor& as_json, const at::Tensor& k,
+      const at::Tensor& hides_seen, const at::Tensor& excluded, const at::Tensor& ends, const std::vector<at::Tensor>& allowed) {
     const int64_t B = counts.numel(), longest = transformer_.positions.size(0);
     const int64_t *count = counts.const_data_ptr<int64_t>(), *end = ends.const_data_ptr<int64_t>();
     const at::Tensor found = at::empty(counts.sum().item<int64_t>(), at::kLong);
@@ -161,7 +203,8 @@ class Ranker : public torch::CustomClassHolder {
     const int64_t K = std::max<int64_t>(1, std::min(k.max().item<int64_t>(), catalogue_.weights.size(0)));
     at::Tensor index = at::zeros({B, K}, at::kLong);
     at::Tensor scores = at::full({B, K}, -std::numeric_limits<float>::infinity(), at::kFloat);
-    if (rows.empty()) return {found, index, scores};
+    at::Tensor json_ends = at::zeros(B, at::kLong);
+    if (rows.empty()) return {found, index, scores, at::empty(0, at::kByte), json_ends};
     const at::Tensor hidden = run(transformer_, tensor_of(read), tensor_of(lengths), {});
     const auto [best_index, best_scores] =
         top_items(catalogue_, hidden, tensor_of(wanted), tensor_of(hidden_items), tensor_of(hidden_ends), masks);
@@ -171,11 +214,22 @@ class Ranker : public torch::CustomClassHolder {
       std::copy_n(best_index.const_data_ptr<int64_t>() + from, width, index.mutable_data_ptr<int64_t>() + into);
       std::copy_n(best_scores.const_data_ptr<float>() + from, width, scores.mutable_data_ptr<float>() + into);
     }
-    return {found, index, scores};
+    std::string json;
+    for (int64_t b = 0; b < B; b++) {
+      if (as_json.const_data_ptr<bool>()[b]) {
+        append_items(
+            json, names_, index.const_data_ptr<int64_t>() + b * K, scores.const_data_ptr<float>() + b * K, K);
+      }
+      json_ends.mutable_data_ptr<int64_t>()[b] = json.size();
+    }
+    at::Tensor bytes = at::empty(static_cast<int64_t>(json.size()), at::kByte);
+    std::copy(json.begin(), json.end(), bytes.mutable_data_ptr<uint8_t>());
+    return {found, index, scores, bytes, json_ends};
   }
 
  private:
   Ids ids_;
+  Texts names_;
   Transformer transformer_;
   Catalogue catalogue_;
 };
@@ -185,7 +239,8 @@ class Ranker : public torch::CustomClassHolder {
 TORCH_LIBRARY_FRAGMENT(seqray, library) {
   library.class_<Ranker>("Ranker")
       .def(torch::init<
-           const at::Tensor&, const at::Tensor&, const at::Tensor&, double, const at::Tensor&, bool,
+           const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double,
+           const at::Tensor&, bool,
            std::vector<at::Tensor>, int64_t, double, bool, double, const at::Tensor&, const at::Tensor&,
            const at::Tensor&, const at::Tensor&>())
       .def("best", &Ranker::best);

@@ -1,7 +1,8 @@
 """From histories of ids to the best items in one call of a kernel. Shapes: N ids, B histories, K top-k."""
 
+import json
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,19 +22,21 @@ class Ranker:
     def __init__(self, item_ids: Iterable[Any], transformer: TransformerKernel, top_items: TopItems) -> None:
         """item_ids: in index order; each is known by its text. The kernels are at hand: the other two have them."""
         assert operators(build=False) is not None
-        encoded = [_encoded(str(item_id)) for item_id in item_ids]
-        ends = np.array([len(item_id) for item_id in encoded], np.int64).cumsum()
-        settings = (_bytes(b"".join(encoded)), torch.from_numpy(ends), *transformer.settings, *top_items.catalogue)
-        self._kernel = torch.classes.seqray.Ranker(*settings)
+        item_ids = list(item_ids)
+        ids = _texts(_encoded(str(item_id)) for item_id in item_ids)
+        encode = json.JSONEncoder(ensure_ascii=False).encode
+        names = _texts(_encoded(encode(one if isinstance(one, int) else str(one))) for one in item_ids)
+        self._kernel = torch.classes.seqray.Ranker(*ids, *names, *transformer.settings, *top_items.catalogue)
 
     def best(
-        self, histories: Sequence[Sequence[Any]], k: Sequence[int], hides_seen: Sequence[bool],
-        excluded: Sequence[Sequence[int]], allowed: Sequence[Tensor | None],
-    ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
-        """(item_index_N of each id, 0 where it is unknown; item_index_BK and score_BK as TopItems.best has them).
+        self, histories: Sequence[Sequence[Any]], as_json: Sequence[bool], k: Sequence[int],
+        hides_seen: Sequence[bool], excluded: Sequence[Sequence[int]], allowed: Sequence[Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor, list[bytes]] | None:  # fmt: skip
+        """(item_index_N of each id, 0 where it is unknown; item_index_BK and score_BK as TopItems.best has them; JSON).
 
-        hides_seen: whether the items of the history are left out. The row of a history without a known id holds zeros
-        and -inf. None where an id holds a NUL, which stands between the ids here.
+        as_json: whether JSON is wanted of the items, see `Recommendation.items_json`; b"" where not. hides_seen:
+        whether the items of the history are left out. The row of a history without a known id holds zeros and -inf.
+        None where an id holds a NUL, which stands between the ids here.
         """
         ids = list(chain.from_iterable(histories))
         try:
@@ -44,9 +47,20 @@ class Ranker:
             return None
         counts = torch.from_numpy(np.array([len(history) for history in histories], np.int64))
         k_B, *limits = limits_for_kernel(k, excluded, allowed)
-        hides_B = torch.from_numpy(np.array(hides_seen, np.bool_))
-        found: tuple[Tensor, Tensor, Tensor] = self._kernel.best(_bytes(_encoded(text)), counts, k_B, hides_B, *limits)
-        return found
+        json_B, hides_B = (torch.from_numpy(np.array(flag, np.bool_)) for flag in (as_json, hides_seen))
+        items_N, index_BK, score_BK, letters, ends_B = self._kernel.best(
+            _bytes(_encoded(text)), counts, json_B, k_B, hides_B, *limits
+        )
+        texts = letters.numpy().tobytes()
+        pieces = [texts[start:stop] for start, stop in pairwise([0, *ends_B.tolist()])]
+        return items_N, index_BK, score_BK, pieces
+
+
+def _texts(texts: Iterable[bytes]) -> tuple[Tensor, Tensor]:
+    """All of them, and where each ends."""
+    texts = list(texts)
+    ends = np.array([len(text) for text in texts], np.int64).cumsum()
+    return _bytes(b"".join(texts)), torch.from_numpy(ends)
 
 
 def _encoded(text: str) -> bytes:
