@@ -3,9 +3,10 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from time import perf_counter
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from serve.client import LONG_WAIT_S, Client, ClientLeft
 from serve.record import Record, current
@@ -14,27 +15,46 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
-class _Waiting(NamedTuple, Generic[Request, Answer]):
-    request: Request
-    answer: "asyncio.Future[Answer]"
-    record: Record
-    since: float
-    client: Client | None
+class _Waiting(Generic[Request, Answer]):
+    """A request, who waits for its answer and for how long."""
 
-    def is_in_vain(self, now: float) -> bool:
-        """Whether nobody waits for the answer; who does not know yet is told."""
+    __slots__ = ("answer", "client", "loop", "record", "request", "since", "timer", "until")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, request: Request, record: Record, client: Client | None,
+        seconds: float | None,
+    ) -> None:  # fmt: skip
+        self.loop, self.request, self.record, self.client = loop, request, record, client
+        self.answer: asyncio.Future[Answer] = loop.create_future()
+        self.since = perf_counter()
+        self.until = None if seconds is None else self.since + seconds
+        self.timer: asyncio.TimerHandle | None = None
+        self._look_later()
+
+    def _look(self) -> None:
+        """Ends the wait when it takes too long or is in vain, else looks again later."""
         if self.answer.done():
-            return True
-        if self.client is None or now - self.since < LONG_WAIT_S or not self.client.has_left():
-            return False
-        self.answer.set_exception(ClientLeft())
-        return True
+            return
+        if self.until is not None and perf_counter() >= self.until:
+            self.answer.set_exception(TimeoutError())
+        elif self.client is not None and self.client.has_left():
+            self.answer.set_exception(ClientLeft())
+        else:
+            self._look_later()
+
+    def _look_later(self) -> None:
+        # One timer for both: most requests are answered before it is due.
+        left = float("inf") if self.until is None else max(0.0, self.until - perf_counter())
+        if self.client is not None:
+            left = min(left, LONG_WAIT_S)
+        self.timer = None if left == float("inf") else self.loop.call_later(left, self._look)
 
 
 class Batcher(Generic[Request, Answer]):
     """Runs `run` on lists of requests in one thread of its own, so that the event loop is never held up.
 
-    Nobody waits for company: when nothing runs a request starts at once, alone. To be used from one event loop.
+    Nobody waits for company: when nothing runs a request starts at once, alone. The thread takes its next batch itself:
+    an event loop with much to do would come to it late. To be used from one event loop.
     """
 
     def __init__(self, run: Callable[[Sequence[Request]], Sequence[Answer]], max_batch_size: int) -> None:
@@ -42,6 +62,8 @@ class Batcher(Generic[Request, Answer]):
         self._max_batch_size = max_batch_size
         self._waiting: deque[_Waiting[Request, Answer]] = deque()
         self._running = False
+        self._lock = Lock()
+        """Of the two above: no request may come in between the last look at what waits and the end of the work."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batcher")
 
     async def submit(self, request: Request, client: Client | None = None, seconds: float | None = None) -> Answer:
@@ -50,19 +72,19 @@ class Batcher(Generic[Request, Answer]):
         TimeoutError when it is not there after `seconds`, ClientLeft when `client` was gone after a long wait: what is
         in no batch by then gets into none.
         """
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Answer] = loop.create_future()
         record = current()
         record.lap("parse")  # with what was made of the fields before they came here
-        self._waiting.append(_Waiting(request, answer, record, perf_counter(), client))
-        if not self._running:
-            self._start(loop)
-        timer = None if seconds is None else loop.call_later(seconds, _give_up, answer)
+        waiting: _Waiting[Request, Answer] = _Waiting(asyncio.get_running_loop(), request, record, client, seconds)
+        with self._lock:
+            self._waiting.append(waiting)
+            rests, self._running = not self._running, True
+        if rests:
+            self._thread.submit(self._work, waiting.loop)
         try:
-            found = await answer
+            found = await waiting.answer
         finally:
-            if timer is not None:
-                timer.cancel()
+            if waiting.timer is not None:
+                waiting.timer.cancel()
         record.skip()
         return found
 
@@ -72,49 +94,51 @@ class Batcher(Generic[Request, Answer]):
         return len(self._waiting)
 
     def close(self) -> None:
-        """Ends the thread after the batch that runs."""
+        """Ends the thread after what waits."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In the thread: batch after batch, until nothing waits."""
+        while batch := self._take():
+            started = perf_counter()
+            answers, failure = self._run_batch([waiting.request for waiting in batch])
+            loop.call_soon_threadsafe(_finish, batch, answers, failure, started, perf_counter() - started)
+
+    def _take(self) -> list[_Waiting[Request, Answer]]:
         batch: list[_Waiting[Request, Answer]] = []
-        started = perf_counter()
-        while self._waiting and len(batch) < self._max_batch_size:
-            waiting = self._waiting.popleft()
-            if not waiting.is_in_vain(started):
-                batch.append(waiting)
-        self._running = bool(batch)
-        if batch:
-            for waiting in batch:
-                waiting.record.longest("queue", started - waiting.since)
-            batch[0].record.batches.append(len(batch))
-            done = self._thread.submit(self._run_batch, [waiting.request for waiting in batch])
-            done.add_done_callback(lambda result: loop.call_soon_threadsafe(self._finish, loop, batch, started, result))
+        with self._lock:
+            while self._waiting and len(batch) < self._max_batch_size:
+                waiting = self._waiting.popleft()
+                if not waiting.answer.done():
+                    batch.append(waiting)
+            self._running = bool(batch)
+        return batch
 
-    def _run_batch(self, requests: list[Request]) -> Sequence[Answer]:
-        answers = self._run(requests)
-        if len(answers) != len(requests):
-            raise RuntimeError(f"{len(answers)} answers to {len(requests)} requests")
-        return answers
-
-    def _finish(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        batch: list[_Waiting[Request, Answer]],
-        started: float,
-        result: "Future[Sequence[Answer]]",
-    ) -> None:
-        self._start(loop)  # first, so that the model works while the answers are sent
-        failure, seconds = result.exception(), perf_counter() - started
-        for position, waiting in enumerate(batch):
-            waiting.record.longest("rank", seconds)
-            if waiting.answer.done():
-                continue  # its deadline passed
-            if failure is not None:
-                waiting.answer.set_exception(failure)
-            else:
-                waiting.answer.set_result(result.result()[position])
+    def _run_batch(self, requests: list[Request]) -> tuple[Sequence[Answer], Exception | None]:
+        try:
+            answers = self._run(requests)
+            if len(answers) != len(requests):
+                raise RuntimeError(f"{len(answers)} answers to {len(requests)} requests")
+        except Exception as error:  # noqa: BLE001 - it goes to those who asked
+            return (), error
+        return answers, None
 
 
-def _give_up(answer: "asyncio.Future[Any]") -> None:
-    if not answer.done():
-        answer.set_exception(TimeoutError())
+def _finish(
+    batch: list[_Waiting[Request, Answer]],
+    answers: Sequence[Answer],
+    failure: Exception | None,
+    started: float,
+    seconds: float,
+) -> None:
+    """In the event loop: everyone gets an answer. Who does not wait any more has got another already."""
+    batch[0].record.batches.append(len(batch))
+    for position, waiting in enumerate(batch):
+        waiting.record.longest("queue", started - waiting.since)
+        waiting.record.longest("rank", seconds)
+        if waiting.answer.done():
+            continue
+        if failure is not None:
+            waiting.answer.set_exception(failure)
+        else:
+            waiting.answer.set_result(answers[position])
