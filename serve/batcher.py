@@ -72,6 +72,8 @@ class Batcher(Generic[Request, Answer]):
         TimeoutError when it is not there after `seconds`, ClientLeft when `client` was gone after a long wait: what is
         in no batch by then gets into none.
         """
+        if seconds is not None and seconds <= 0:
+            raise TimeoutError
         record = current()
         record.lap("parse")  # with what was made of the fields before they came here
         waiting: _Waiting[Request, Answer] = _Waiting(asyncio.get_running_loop(), request, record, client, seconds)

@@ -15,10 +15,11 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -369,43 +370,69 @@ def test_a_replica_refuses_a_changed_bundle(tmp_path) -> None:
         Replica(*arguments)
 
 
-def test_requests_that_wait_become_one_batch() -> None:
-    batches: list[list[int]] = []
+class Gated:
+    """Runs batches, the first of which begins alone and ends when the others wait."""
 
-    def run(numbers) -> list[int]:
-        batches.append(list(numbers))
-        return [number * 10 for number in numbers]
+    def __init__(self, run: Callable[[Sequence[int]], list[int]]) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+        self._run = run
 
-    async def ask() -> list[int]:
-        batcher: Batcher[int, int] = Batcher(run, 4)
-        answers = await asyncio.gather(*(batcher.submit(number) for number in range(10)))
-        batcher.close()
-        return answers
+    def __call__(self, numbers: Sequence[int]) -> list[int]:
+        self.batches.append(list(numbers))
+        assert self.gate.wait(30)
+        return self._run(numbers)
 
-    assert asyncio.run(ask()) == [number * 10 for number in range(10)]
-    assert batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
-
-
-def test_a_failure_stays_in_its_batch_and_who_left_is_not_ranked() -> None:
-    seen: list[int] = []
-
-    def run(numbers) -> list[int]:
-        seen.extend(numbers)
-        if 1 in numbers:
-            raise ValueError("a bad batch")
-        return list(numbers)
-
-    async def ask() -> list[object]:
-        batcher: Batcher[int, int] = Batcher(run, 2)
-        tasks = [asyncio.ensure_future(batcher.submit(number)) for number in range(7)]
+    async def ask(self, batcher: Batcher[int, int], count: int, cancelled: Sequence[int] = ()) -> list[Any]:
+        tasks = [asyncio.ensure_future(batcher.submit(0))]
+        while not self.batches:
+            await asyncio.sleep(0.001)
+        tasks += [asyncio.ensure_future(batcher.submit(number)) for number in range(1, count)]
         await asyncio.sleep(0)
-        tasks[3].cancel()
+        for number in cancelled:
+            tasks[number].cancel()
+        await asyncio.sleep(0)
+        self.gate.set()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         batcher.close()
         return [type(answer).__name__ if isinstance(answer, BaseException) else answer for answer in answers]
 
-    assert asyncio.run(ask()) == [0, "ValueError", "ValueError", "CancelledError", 4, 5, 6]
-    assert seen == [0, 1, 2, 4, 5, 6]
+
+def test_requests_that_wait_become_one_batch() -> None:
+    run = Gated(lambda numbers: [number * 10 for number in numbers])
+    assert asyncio.run(run.ask(Batcher(run, 4), 10)) == [number * 10 for number in range(10)]
+    assert run.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
+
+
+def test_a_failure_stays_in_its_batch_and_who_left_is_not_ranked() -> None:
+    def fail_at_1(numbers: Sequence[int]) -> list[int]:
+        if 1 in numbers:
+            raise ValueError("a bad batch")
+        return list(numbers)
+
+    run = Gated(fail_at_1)
+    answers = asyncio.run(run.ask(Batcher(run, 2), 7, cancelled=[3]))
+    assert answers == [0, "ValueError", "ValueError", "CancelledError", 4, 5, 6]
+    assert run.batches == [[0], [1, 2], [4, 5], [6]]
+
+
+def test_a_request_whose_time_is_over_is_not_ranked() -> None:
+    seen: list[int] = []
+
+    def run(numbers: Sequence[int]) -> list[int]:
+        seen.extend(numbers)
+        return list(numbers)
+
+    async def ask() -> int:
+        batcher: Batcher[int, int] = Batcher(run, 2)
+        with pytest.raises(TimeoutError):
+            await batcher.submit(1, seconds=-0.001)
+        found = await batcher.submit(2, seconds=20)
+        batcher.close()
+        return found
+
+    assert asyncio.run(ask()) == 2
+    assert seen == [2]
 
 
 def test_haproxy_keeps_its_own_pages_on_loopback() -> None:
