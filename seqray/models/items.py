@@ -68,7 +68,8 @@ class ItemEmbedding(nn.Module):
 
     def vectors(self) -> Tensor:
         """(V, D) vectors of all items as `forward` reads them."""
-        return self.embedding.weight if not self.columns else self(torch.arange(len(self.embedding.weight)))
+        weights_VD = self.embedding.weight
+        return weights_VD if not self.columns else self(torch.arange(len(weights_VD), device=weights_VD.device))
 
     def weights(self) -> Tensor:
         """weights_VD of items that are scored."""
