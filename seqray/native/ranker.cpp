@@ -92,7 +92,9 @@ class Ids {
     return hash ^ (hash >> 29);
   }
 
-  static uint64_t slot(uint64_t hash, int64_t item) { return (hash & 0xffffffff00000000u) | static_cast<uint64_t>(item); }
+  static uint64_t slot(uint64_t hash, int64_t item) {
+    return (hash & 0xffffffff00000000u) | static_cast<uint64_t>(item);
+  }
 
   // The next slot from `place` on with half this hash, and its item; item 0 where there is none.
   std::pair<size_t, int64_t> next(uint64_t hash, size_t place) const {
@@ -159,17 +161,47 @@ void append_items(std::string& into, const Texts& names, const int64_t* items, c
   into += ']';
 }
 
+// What is asked after the histories that hold a known id; `rows`: which these are.
+struct Questions {
+  // items: item_index of each id, 0 for unknown ones; longest: events that the model reads.
+  void add(
+      int64_t row, const int64_t* items, int64_t count, int64_t longest, bool hides_seen, const int64_t* given,
+      const int64_t* given_end, int64_t wanted, const at::Tensor& mask) {
+    std::vector<int64_t> known;
+    std::copy_if(items, items + count, std::back_inserter(known), [](int64_t item) { return item > 0; });
+    if (known.empty()) return;
+    rows.push_back(row), k.push_back(wanted), allowed.push_back(mask);
+    lengths.push_back(std::min<int64_t>(known.size(), longest));
+    read.insert(read.end(), known.end() - lengths.back(), known.end());
+    excluded.insert(excluded.end(), given, given_end);
+    if (hides_seen) excluded.insert(excluded.end(), known.begin(), known.end());
+    ends.push_back(excluded.size());
+  }
+
+  std::vector<int64_t> rows, read, lengths, k, excluded, ends;
+  std::vector<at::Tensor> allowed;
+};
+
+// The rows of an answer (R, width) at their places in a table (B, K).
+template <typename T>
+void put(const at::Tensor& from, const std::vector<int64_t>& rows, const at::Tensor& into) {
+  const int64_t width = from.size(1), K = into.size(1);
+  for (size_t r = 0; r < rows.size(); r++) {
+    std::copy_n(from.const_data_ptr<T>() + r * width, width, into.mutable_data_ptr<T>() + rows[r] * K);
+  }
+}
+
 class Ranker : public torch::CustomClassHolder {
  public:
   Ranker(
       const at::Tensor& ids, const at::Tensor& id_ends, const at::Tensor& names, const at::Tensor& name_ends,
-      const at::Tensor& table, double scale, const at::Tensor& positions,
-      bool from_newest, std::vector<at::Tensor> weights, int64_t heads, double epsilon, bool normalize,
-      double temperature, const at::Tensor& item_weights, const at::Tensor& codes, const at::Tensor& step,
-      const at::Tensor& bounds)
-      : ids_(ids, id_ends), names_(names, name_ends),
-        transformer_{table, scale, positions, from_newest, std::move(weights), heads, epsilon,
-                                       normalize, temperature},
+      const at::Tensor& table, double scale, const at::Tensor& positions, bool from_newest,
+      std::vector<at::Tensor> weights, int64_t heads, double epsilon, bool normalize, double temperature,
+      const at::Tensor& item_weights, const at::Tensor& codes, const at::Tensor& step, const at::Tensor& bounds)
+      : ids_(ids, id_ends),
+        names_(names, name_ends),
+        transformer_{
+            table, scale, positions, from_newest, std::move(weights), heads, epsilon, normalize, temperature},
         catalogue_{item_weights, codes, step, bounds} {}
 
   // item_index of each id (N), 0 for unknown ones; item_index (B, K) and score of the best items after each history: 0
@@ -180,54 +212,50 @@ class Ranker : public torch::CustomClassHolder {
   // are excluded; `k`, `excluded`, `ends`, `allowed`: see top_items.
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> best(
       const at::Tensor& text, const at::Tensor& counts, const at::Tensor& as_json, const at::Tensor& k,
-      const at::Tensor& hides_seen, const at::Tensor& excluded, const at::Tensor& ends, const std::vector<at::Tensor>& allowed) {
+      const at::Tensor& hides_seen, const at::Tensor& excluded, const at::Tensor& ends,
+      const std::vector<at::Tensor>& allowed) {
     const int64_t B = counts.numel(), longest = transformer_.positions.size(0);
     const int64_t *count = counts.const_data_ptr<int64_t>(), *end = ends.const_data_ptr<int64_t>();
     const at::Tensor found = at::empty(counts.sum().item<int64_t>(), at::kLong);
     int64_t* items = found.mutable_data_ptr<int64_t>();
     ids_.look_up(split(text, found.numel()), items);
-    std::vector<int64_t> rows, read, lengths, hidden_items, hidden_ends, wanted;
-    std::vector<at::Tensor> masks;
+    Questions asked;
     for (int64_t b = 0, at = 0; b < B; at += count[b++]) {
-      std::vector<int64_t> known;
-      std::copy_if(items + at, items + at + count[b], std::back_inserter(known), [](int64_t item) { return item > 0; });
-      if (known.empty()) continue;
-      rows.push_back(b), masks.push_back(allowed[b]), wanted.push_back(k.const_data_ptr<int64_t>()[b]);
-      lengths.push_back(std::min<int64_t>(known.size(), longest));
-      read.insert(read.end(), known.end() - lengths.back(), known.end());
       const int64_t* given = excluded.const_data_ptr<int64_t>();
-      hidden_items.insert(hidden_items.end(), given + (b ? end[b - 1] : 0), given + end[b]);
-      if (hides_seen.const_data_ptr<bool>()[b]) hidden_items.insert(hidden_items.end(), known.begin(), known.end());
-      hidden_ends.push_back(hidden_items.size());
+      asked.add(
+          b, items + at, count[b], longest, hides_seen.const_data_ptr<bool>()[b], given + (b ? end[b - 1] : 0),
+          given + end[b], k.const_data_ptr<int64_t>()[b], allowed[b]);
     }
     const int64_t K = std::max<int64_t>(1, std::min(k.max().item<int64_t>(), catalogue_.weights.size(0)));
-    at::Tensor index = at::zeros({B, K}, at::kLong);
-    at::Tensor scores = at::full({B, K}, -std::numeric_limits<float>::infinity(), at::kFloat);
-    at::Tensor json_ends = at::zeros(B, at::kLong);
-    if (rows.empty()) return {found, index, scores, at::empty(0, at::kByte), json_ends};
-    const at::Tensor hidden = run(transformer_, tensor_of(read), tensor_of(lengths), {});
-    const auto [best_index, best_scores] =
-        top_items(catalogue_, hidden, tensor_of(wanted), tensor_of(hidden_items), tensor_of(hidden_ends), masks);
-    const int64_t width = best_index.size(1);
-    for (size_t r = 0; r < rows.size(); r++) {
-      const int64_t from = r * width, into = rows[r] * K;
-      std::copy_n(best_index.const_data_ptr<int64_t>() + from, width, index.mutable_data_ptr<int64_t>() + into);
-      std::copy_n(best_scores.const_data_ptr<float>() + from, width, scores.mutable_data_ptr<float>() + into);
+    const at::Tensor index = at::zeros({B, K}, at::kLong);
+    const at::Tensor scores = at::full({B, K}, -std::numeric_limits<float>::infinity(), at::kFloat);
+    if (!asked.rows.empty()) {
+      const at::Tensor hidden = run(transformer_, tensor_of(asked.read), tensor_of(asked.lengths), {});
+      const auto [best_index, best_scores] = top_items(
+          catalogue_, hidden, tensor_of(asked.k), tensor_of(asked.excluded), tensor_of(asked.ends), asked.allowed);
+      put<int64_t>(best_index, asked.rows, index);
+      put<float>(best_scores, asked.rows, scores);
     }
-    std::string json;
-    for (int64_t b = 0; b < B; b++) {
-      if (as_json.const_data_ptr<bool>()[b]) {
-        append_items(
-            json, names_, index.const_data_ptr<int64_t>() + b * K, scores.const_data_ptr<float>() + b * K, K);
-      }
-      json_ends.mutable_data_ptr<int64_t>()[b] = json.size();
-    }
-    at::Tensor bytes = at::empty(static_cast<int64_t>(json.size()), at::kByte);
-    std::copy(json.begin(), json.end(), bytes.mutable_data_ptr<uint8_t>());
-    return {found, index, scores, bytes, json_ends};
+    const auto [text_of_items, text_ends] = as_text(index, scores, as_json.const_data_ptr<bool>());
+    return {found, index, scores, text_of_items, text_ends};
   }
 
  private:
+  // The items of the rows that are wanted as JSON, one after the other, with the ends (B).
+  std::tuple<at::Tensor, at::Tensor> as_text(const at::Tensor& index, const at::Tensor& scores, const bool* wanted) {
+    const int64_t B = index.size(0), K = index.size(1);
+    std::string json;
+    std::vector<int64_t> ends;
+    for (int64_t b = 0; b < B; b++) {
+      const int64_t* items = index.const_data_ptr<int64_t>() + b * K;
+      if (wanted[b]) append_items(json, names_, items, scores.const_data_ptr<float>() + b * K, K);
+      ends.push_back(json.size());
+    }
+    at::Tensor bytes = at::empty(static_cast<int64_t>(json.size()), at::kByte);
+    std::copy(json.begin(), json.end(), bytes.mutable_data_ptr<uint8_t>());
+    return {bytes, tensor_of(ends)};
+  }
+
   Ids ids_;
   Texts names_;
   Transformer transformer_;
@@ -240,9 +268,8 @@ TORCH_LIBRARY_FRAGMENT(seqray, library) {
   library.class_<Ranker>("Ranker")
       .def(torch::init<
            const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double,
-           const at::Tensor&, bool,
-           std::vector<at::Tensor>, int64_t, double, bool, double, const at::Tensor&, const at::Tensor&,
-           const at::Tensor&, const at::Tensor&>())
+           const at::Tensor&, bool, std::vector<at::Tensor>, int64_t, double, bool, double, const at::Tensor&,
+           const at::Tensor&, const at::Tensor&, const at::Tensor&>())
       .def("best", &Ranker::best);
 }
 

@@ -13,7 +13,9 @@ constexpr float LARGEST = 127;
 
 inline float dot(const float* left, const float* right, int64_t D) {
   __m512 sum = _mm512_setzero_ps();
-  columns(D, [&](int64_t i, __mmask16 some) { sum = _mm512_fmadd_ps(load(left + i, some), load(right + i, some), sum); });
+  columns(D, [&](int64_t i, __mmask16 some) {
+    sum = _mm512_fmadd_ps(load(left + i, some), load(right + i, some), sum);
+  });
   return _mm512_reduce_add_ps(sum);
 }
 
