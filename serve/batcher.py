@@ -104,7 +104,7 @@ class Batcher(Generic[Request, Answer]):
         while batch := self._take():
             started = perf_counter()
             answers, failure = self._run_batch([waiting.request for waiting in batch])
-            loop.call_soon_threadsafe(_finish, batch, answers, failure, started, perf_counter() - started)
+            loop.call_soon_threadsafe(_finish, batch, answers, failure, started)
 
     def _take(self) -> list[_Waiting[Request, Answer]]:
         batch: list[_Waiting[Request, Answer]] = []
@@ -127,13 +127,10 @@ class Batcher(Generic[Request, Answer]):
 
 
 def _finish(
-    batch: list[_Waiting[Request, Answer]],
-    answers: Sequence[Answer],
-    failure: Exception | None,
-    started: float,
-    seconds: float,
+    batch: list[_Waiting[Request, Answer]], answers: Sequence[Answer], failure: Exception | None, started: float
 ) -> None:
     """In the event loop: everyone gets an answer. Who does not wait any more has got another already."""
+    seconds = perf_counter() - started  # with the wait for the event loop, so that the stages add up
     batch[0].record.batches.append(len(batch))
     for position, waiting in enumerate(batch):
         waiting.record.longest("queue", started - waiting.since)
