@@ -75,7 +75,8 @@ def _private_haproxy(retry_after_s: int, request_timeout_s: float) -> dict[str, 
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_IDLE_S),
         # Also when a replica dies over a request: every endpoint may be asked twice (events have ids).
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        # Half of the cores: the replicas want the others, and threads of HAProxy wake each other.
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 2))),
     }
     binary = _haproxy_binary()
     if binary is not None:
