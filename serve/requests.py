@@ -201,7 +201,6 @@ class UsualRequest:
 
     __slots__ = ("_query", "deadline_ms", "who")
     include = ("score",)
-    filter = None
     is_recommendation = True
 
     def __init__(self, query: Query, who: str | None, deadline_ms: int | None) -> None:
