@@ -611,7 +611,7 @@ def test_ray_serve_counts_what_it_refuses_and_no_request_that_went_well(server: 
     refused = r'ray_serve_num_http_error_requests_total{[^}]*error_code="503"[^}]*} [1-9]'
     assert until(lambda: bool(re.search(refused, ray_export(server))))
     statuses = re.findall(r'ray_serve_num_http_requests_total{[^}]*status_code="(\d+)"', ray_export(server))
-    assert set(statuses) <= {"408", "503"}
+    assert not [status for status in statuses if status.startswith("2")]
 
 
 def test_ray_serve_makes_no_log_records_of_requests(server: Server) -> None:
