@@ -28,7 +28,7 @@ from seqray.config import Config, load_config  # noqa: E402
 from seqray.losses import build_loss  # noqa: E402
 from seqray.models.protocol import build_model  # noqa: E402
 from seqray.models.stream import Stream  # noqa: E402
-from seqray.native.library import SWITCH, operators  # noqa: E402
+from seqray.native.library import SWITCH, operators_of_training  # noqa: E402
 from seqray.negatives import Popularity  # noqa: E402
 from seqray.samples import Step  # noqa: E402
 from train.fit import local_device  # noqa: E402
@@ -179,7 +179,7 @@ def show(
     epoch = whole * bench.steps / 1e3
     tiled = [stream for stream in streams if "tiles" in vars(stream)]
     padding, events = sum(stream.padding for stream in tiled), sum(stream.T for stream in streams)
-    kernels = bench.device.type == "cpu" and operators(build=True) is not None
+    kernels = bench.device.type == "cpu" and operators_of_training(build=True) is not None
     print(
         f"{read:,.0f} events a step, {bench.steps} steps ({epoch:.1f} s) an epoch, {read / whole * 1e3:,.0f} events/s\n"
         f"kernels of seqray/native: {'at hand' if kernels else 'not at hand'}\n"

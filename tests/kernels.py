@@ -3,10 +3,14 @@
 import pytest
 from torch import Tensor
 
-from seqray.native.library import operators
+from seqray.native.library import operators, operators_of_training
 
 needs_kernels = pytest.mark.skipif(
-    operators(build=True) is None, reason="needs a CPU with AVX-512 and bf16 and, the first time, a C++ compiler"
+    operators(build=True) is None, reason="needs a CPU with AVX2 and, the first time, a C++ compiler"
+)
+needs_kernels_of_training = pytest.mark.skipif(
+    operators_of_training(build=True) is None,
+    reason="needs a CPU with AVX-512, bf16 and VNNI and, the first time, a C++ compiler",
 )
 
 

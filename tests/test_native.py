@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import needs_kernels
+from kernels import needs_kernels, needs_kernels_of_training
 
 from seqray.models.dropout import Dropout
 from seqray.models.stream import Stream
@@ -24,7 +24,7 @@ def test_without_a_compiler_training_goes_on(
     compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(library, "_fits", lambda: True)
+    monkeypatch.setattr(library, "_level", lambda: library.AVX512)
     monkeypatch.setattr(library, "_file", lambda: tmp_path / "made" / "kernels.so")
     library._load.cache_clear()
     try:
@@ -50,6 +50,17 @@ def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
     assert [process.wait(timeout=200) for process in running] == [0, 0, 0]
     (folder,) = tmp_path.iterdir()
     assert {path.name for path in folder.iterdir()} == {"lock", "kernels.so"}
+
+
+@needs_kernels_of_training  # where they cannot run, AVX2 is what all tests are about
+def test_to_serve_avx2_is_enough() -> None:
+    tests = [f"tests/test_{name}.py" for name in ("native_top_items", "native_transformer", "one_call")]
+    environment = {**os.environ, "SEQRAY_NATIVE": "avx2"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    said = subprocess.run(
+        command, check=True, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=300
+    )
+    assert "skipped" not in said.stdout
 
 
 def test_nothing_is_built_before_something_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels import needs_kernels
+from kernels import needs_kernels_of_training
 from torch import Tensor
 
 from seqray.models.dropout import Dropout
@@ -40,7 +40,7 @@ def masks(lengths_B: Tensor, num_heads: int, dropout: Dropout, seed: int) -> lis
     return found
 
 
-@needs_kernels
+@needs_kernels_of_training
 @pytest.mark.parametrize(("num_heads", "D"), [(1, 64), (2, 24), (3, 150), (1, 1)])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_attention_is_what_its_formula_says(num_heads: int, D: int, rate: float) -> None:
@@ -60,7 +60,7 @@ def test_attention_is_what_its_formula_says(num_heads: int, D: int, rate: float)
     torch.testing.assert_close(slope_TD3.double(), exact_slope_TD3, rtol=1e-4, atol=1e-5)
 
 
-@needs_kernels
+@needs_kernels_of_training
 @pytest.mark.parametrize("length", [*range(1, 40), 63, 64, 65, 127, 128, 129, 199, 200])
 def test_attention_of_every_length(length: int) -> None:
     torch.manual_seed(length)
@@ -76,7 +76,7 @@ def test_attention_of_every_length(length: int) -> None:
     torch.testing.assert_close(slopes[0].double(), slopes[1], rtol=1e-4, atol=1e-4)
 
 
-@needs_kernels
+@needs_kernels_of_training
 def test_attention_drops_its_share_of_pairs_and_each_for_itself() -> None:
     lengths_B = torch.full((12,), 100)
     found = torch.cat([(kept > 0).float().flatten(1) for kept in masks(lengths_B, 2, Dropout(0.25).train(), 3)], 1)
@@ -89,7 +89,7 @@ def test_attention_drops_its_share_of_pairs_and_each_for_itself() -> None:
     assert not torch.equal(seen[0], masks(lengths_B, 2, Dropout(0.25).train(), 4)[0])
 
 
-@needs_kernels
+@needs_kernels_of_training
 def test_attention_does_not_depend_on_threads() -> None:
     torch.manual_seed(0)
     qkv_TD3, threads, results = torch.randn(int(LENGTHS.sum()), 96, requires_grad=True), torch.get_num_threads(), []
@@ -102,7 +102,7 @@ def test_attention_does_not_depend_on_threads() -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@needs_kernels
+@needs_kernels_of_training
 def test_attention_without_the_kernels_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     qkv_TD3, results = torch.randn(int(LENGTHS.sum()), 96, requires_grad=True), []
@@ -113,7 +113,7 @@ def test_attention_without_the_kernels_is_the_same(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@needs_kernels
+@needs_kernels_of_training
 def test_attention_reads_bf16() -> None:
     torch.manual_seed(0)
     qkv_TD3 = torch.randn(int(LENGTHS.sum()), 96).bfloat16().requires_grad_()

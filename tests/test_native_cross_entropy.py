@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels import needs_kernels
+from kernels import needs_kernels_of_training
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,7 +38,7 @@ def plain_loss(hidden: Tensor, weights: Tensor, targets: Targets) -> Tensor:
     return loss_S.sum() if targets.weights_S is None else loss_S @ targets.weights_S.double()
 
 
-@needs_kernels
+@needs_kernels_of_training
 @pytest.mark.parametrize("case", ["", "baskets", "baskets weighted", "weighted"])
 @pytest.mark.parametrize("chunk_elements", [1, None])
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_cross_entropy_equals_the_plain_form(
         assert float((mine.double() - its).norm()) <= 5e-3 * float(its.norm()) + 2e-2
 
 
-@needs_kernels
+@needs_kernels_of_training
 def test_cross_entropy_of_logits_that_rise_and_fall_far() -> None:
     hidden, weights, targets = loss_parts("", 100, 1000, 16)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_cross_entropy_of_logits_that_rise_and_fall_far() -> None:
         assert float((mine.double() - its).norm() / its.norm()) < 1e-2
 
 
-@needs_kernels
+@needs_kernels_of_training
 def test_cross_entropy_does_not_depend_on_threads_and_passes_nan_on() -> None:
     hidden, weights, targets = loss_parts("baskets", 500, 2000, 32)
     threads, results = torch.get_num_threads(), []
@@ -89,7 +89,7 @@ def test_cross_entropy_does_not_depend_on_threads_and_passes_nan_on() -> None:
     assert softmax(hidden, weights, targets).isnan()
 
 
-@needs_kernels
+@needs_kernels_of_training
 def test_cross_entropy_refuses_a_target_beyond_the_catalogue() -> None:
     hidden, weights, _ = loss_parts("", 4, 8, 4)
     with pytest.raises(RuntimeError, match="a target beyond the logits"):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from kernels import near, needs_kernels
+from kernels import near, needs_kernels_of_training
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,7 +67,7 @@ class Part:
         return output, part.slopes(output)
 
 
-@needs_kernels
+@needs_kernels_of_training
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("T", "I", "O", "case"), CASES)
 def test_linear_is_what_its_formula_says(T: int, I: int, O: int, case: str, dtype: torch.dtype) -> None:  # noqa: E741
@@ -79,7 +79,7 @@ def test_linear_is_what_its_formula_says(T: int, I: int, O: int, case: str, dtyp
         assert near(mine, its, 7e-3)
 
 
-@needs_kernels
+@needs_kernels_of_training
 @pytest.mark.parametrize(("T", "I", "O", "case"), CASES)
 def test_linear_without_the_kernels_is_the_same(
     T: int, I: int, O: int, case: str, monkeypatch: pytest.MonkeyPatch  # noqa: E741
@@ -94,7 +94,7 @@ def test_linear_without_the_kernels_is_the_same(
     assert all(near(a, b.double(), 2e-2) for a, b in zip(slopes, part.slopes(other), strict=True))
 
 
-@needs_kernels
+@needs_kernels_of_training
 @pytest.mark.parametrize(("T", "I", "O", "case"), CASES)
 def test_linear_drops_its_share_and_keeps_its_slopes(T: int, I: int, O: int, case: str) -> None:  # noqa: E741
     part, dropout = Part(T, I, O, f"{case} residual"), Dropout(0.3).train()
@@ -115,7 +115,7 @@ def test_linear_drops_its_share_and_keeps_its_slopes(T: int, I: int, O: int, cas
         assert near(mine, its, 7e-3)
 
 
-@needs_kernels
+@needs_kernels_of_training
 def test_linear_does_not_depend_on_threads_and_leaves_frozen_weights_alone() -> None:
     part, threads, results = Part(2000, 64, 256, "norm"), torch.get_num_threads(), []
     for count in (1, 2, 3):
@@ -130,7 +130,7 @@ def test_linear_does_not_depend_on_threads_and_leaves_frozen_weights_alone() -> 
     assert part.layer.weight.grad is None and part.layer.bias.grad is not None
 
 
-@needs_kernels
+@needs_kernels_of_training
 @pytest.mark.parametrize("name", ["sasrec", "esasrec"])
 def test_a_narrow_model_trains_in_bf16_by_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SASRecConfig(dropout=0.0) if name == "sasrec" else ESASRecConfig(dropout=0.0)

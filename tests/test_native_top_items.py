@@ -52,6 +52,16 @@ def test_equal_scores_are_in_the_order_of_the_catalogue() -> None:
     check(torch.randn(3, 32), weights_VD, [500, 10, 151], [[1, 1, 2], [], []], [None] * 3)
 
 
+@pytest.mark.parametrize("D", [64, 200])
+def test_sums_of_the_largest_codes_have_room(D: int) -> None:
+    torch.manual_seed(D)
+    weights_VD = torch.ones(3000, D) - 2.0 * torch.randint(2, (3000, D))
+    weights_VD[7], weights_VD[8] = 1.0, -1.0
+    check(
+        torch.stack([weights_VD[7], weights_VD[8], weights_VD[9]]), weights_VD, [20, 3000, 1], [[], [8], []], [None] * 3
+    )
+
+
 def test_scores_that_differ_by_less_than_the_rounding_are_told_apart() -> None:
     torch.manual_seed(0)
     weights_VD = torch.randn(1, 64) + 1e-2 * torch.randn(4000, 64)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from seqray.full_softmax import ROWS
 from seqray.losses import Loss
 from seqray.models.protocol import Prediction, SequentialModel, predict
-from seqray.native.library import operators
+from seqray.native.library import operators_of_training
 from seqray.negatives import Popularity, step_negatives
 from seqray.samples import Step
 from seqray.sequences import Batch
@@ -37,7 +37,8 @@ class Objective(nn.Module):
     def prediction(self, batch: Batch) -> Prediction:
         """What the model says of the batch."""
         device = batch.items_T.device.type
-        kernels = device == "cpu" and getattr(self.model, "kernels", False) and operators(build=True) is not None
+        kernels = device == "cpu" and getattr(self.model, "kernels", False)
+        kernels = kernels and operators_of_training(build=True) is not None
         bf16 = uses_bf16(self._precision, device) and (device != "cpu" or kernels or self._bf16_pays)
         if bf16 and device == "cpu" and not kernels:
             # Each new shape of a bf16 product costs more than the product there, so that few shapes have to do.

@@ -1,1 +1,1 @@
-"""Kernels in C++ for training on CPUs with AVX-512 and bf16, built at their first use; without them Python does it."""
+"""Kernels in C++ for CPUs, built at their first use; without them PyTorch does the work."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqray.models.dropout import Dropout
-from seqray.native.library import operators
+from seqray.native.library import operators_of_training
 
 
 def packed_attention(qkv_TD3: Tensor, lengths_B: Tensor, num_heads: int, dropout: Dropout) -> Tensor | None:
@@ -18,7 +18,7 @@ def packed_attention(qkv_TD3: Tensor, lengths_B: Tensor, num_heads: int, dropout
     """
     narrow = qkv_TD3.dtype == torch.bfloat16 and qkv_TD3.shape[1] // (3 * num_heads) % 2 == 0
     training = torch.is_grad_enabled() and qkv_TD3.requires_grad
-    if not (narrow or qkv_TD3.dtype == torch.float32) or operators(build=training) is None:
+    if not (narrow or qkv_TD3.dtype == torch.float32) or operators_of_training(build=training) is None:
         return None
     rate = dropout.rate if dropout.training else 0.0
     seed = int(torch.randint(2**62, (1,))) if rate else 0
@@ -28,7 +28,7 @@ def packed_attention(qkv_TD3: Tensor, lengths_B: Tensor, num_heads: int, dropout
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_TD3: Tensor, *settings: Any) -> Tensor:
-        kernels = operators(build=False)
+        kernels = operators_of_training(build=False)
         assert kernels is not None
         qkv_TD3 = qkv_TD3.contiguous()
         mixed_TD, log_sums_HT = kernels.attention(qkv_TD3, *settings)

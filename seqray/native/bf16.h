@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 
-#include "simd.h"
+#include "turn.h"
 
 namespace seqray {
 
@@ -21,12 +21,12 @@ inline __m512 as_bf16(__m512 value) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// 16 numbers of either type, as far as the mask goes.
-inline __m512 load(const float* from, __mmask16 some) { return _mm512_maskz_loadu_ps(some, from); }
+// 16 numbers of this type, as far as the mask goes.
+template <>
 inline __m512 load(const bf16* from, __mmask16 some) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from)), 16));
 }
-inline void store(float* into, __mmask16 some, __m512 value) { _mm512_mask_storeu_ps(into, some, value); }
+template <>
 inline void store(bf16* into, __mmask16 some, __m512 value) {
   _mm256_mask_storeu_epi16(into, some, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
 }
@@ -73,16 +73,6 @@ void pair_rows(
   }
 }
 
-// read(0) to read(real - 1), then zeros; all 16 are the usual case and stay in registers.
-template <typename Read>
-inline __attribute__((always_inline)) void rows_16(int64_t real, const Read& read, __m512 (&rows)[16]) {
-  if (real == LANES) {
-    for (int64_t i = 0; i < LANES; i++) rows[i] = read(i);
-  } else {
-    for (int64_t i = 0; i < LANES; i++) rows[i] = i < real ? read(i) : _mm512_setzero_ps();
-  }
-}
-
 // (rows, columns) -> (height / 2, width, 2) of its transpose, zeros around: columns in interleaved pairs; height is a
 // multiple of 32, width of 16.
 template <typename From>
@@ -92,45 +82,13 @@ void pair_columns(
     const int64_t real = std::clamp<int64_t>(rows - r, 0, LANES);
     for (int64_t c = 0; c < height; c += 32) {
       __m512 pairs[16];
-      rows_16(real, [&](int64_t i) {
+      read_rows(real, [&](int64_t i) {
         return _mm512_castsi512_ps(narrow_load(from + (r + i) * ld_from + c, columns - c));
       }, pairs);
-      transpose_16(pairs);
+      transpose(pairs);
       for (int64_t i = 0; i < LANES; i++) _mm512_storeu_ps(into + (c + 2 * i) * width + 2 * r, pairs[i]);
     }
   }
-}
-
-// (rows, columns) -> its transpose (columns, ld_into), zeros from `rows` to `width`. With `factor` each row is
-// multiplied by its own.
-template <typename From, typename Into>
-void turn(
-    const From* from, int64_t ld_from, int64_t rows, int64_t columns, Into* into, int64_t ld_into, int64_t width,
-    const float* factor = nullptr) {
-  for (int64_t r = 0; r < width; r += LANES) {
-    const int64_t real = std::clamp<int64_t>(rows - r, 0, LANES);
-    const __mmask16 room = first_lanes(width - r);
-    for (int64_t c = 0; c < columns; c += LANES) {
-      const __mmask16 some = first_lanes(columns - c);
-      __m512 tile[16];
-      rows_16(real, [&](int64_t i) { return load(from + (r + i) * ld_from + c, some); }, tile);
-      for (int64_t i = 0; factor && i < real; i++) tile[i] = _mm512_mul_ps(tile[i], _mm512_set1_ps(factor[r + i]));
-      transpose_16(tile);
-      if (some == 0xffff) {
-        for (int64_t i = 0; i < LANES; i++) store(into + (c + i) * ld_into + r, room, tile[i]);
-      } else {
-        for (int64_t i = 0; i < columns - c; i++) store(into + (c + i) * ld_into + r, room, tile[i]);
-      }
-    }
-  }
-}
-
-// Calls work(i, mask) for every 16 of count columns.
-template <typename Work>
-void columns(int64_t count, const Work& work) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) work(i, 0xffff);
-  if (i < count) work(i, first_lanes(count - i));
 }
 
 // Calls work with a pointer of the tensor's own type.

@@ -1,4 +1,4 @@
-// A catalogue in int8, tile by tile, as top_items meets it.
+// A catalogue in codes, tile by tile, as top_items meets it.
 //
 // What all items have in common moves all scores of a query alike, so that it is taken out before the rounding.
 // Shapes: D hidden (K: padded for products), V items + padding.
@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "rounding.h"
+#include "codes.h"
 
 namespace seqray {
 namespace {
@@ -41,7 +41,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_items(const at::Tensor& weig
     for (int64_t i = 0; i < D; i++) row[i] = from[v * D + i] - mean[i];
     const Rounded found(row.data(), D, code.data());
     uint8_t* tile = into + v / ITEMS * ITEMS * K + v % ITEMS * 4;
-    for (int64_t i = 0; i < D; i++) tile[i / 4 * 4 * ITEMS + i % 4] = static_cast<uint8_t>(code[i] + 128);
+    for (int64_t i = 0; i < D; i++) tile[i / 4 * 4 * ITEMS + i % 4] = static_cast<uint8_t>(code[i] + LARGEST);
     step[v] = found.step;
     bound[0] = std::max(bound[0], found.size), bound[1] = std::max(bound[1], found.error);
     bound[2] = std::max(bound[2], norm(from + v * D, D));

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqray.native.library import operators
+from seqray.native.library import operators_of_training
 
 
 class LossAndSlopes(NamedTuple):
@@ -23,7 +23,7 @@ def by_kernel(
     """-log softmax(hidden @ weights.T)[target], products in bf16, the rest in float32; None where the kernel is not at
     hand. rows_S, ascending, and weights_S as in `Targets`; memory holds the logits of `chunk` asked events.
     """
-    kernels = operators(build=slopes) if hidden_PD.device.type == "cpu" else None
+    kernels = operators_of_training(build=slopes) if hidden_PD.device.type == "cpu" else None
     if kernels is None or not len(hidden_PD):
         return None
     rows_S, weights_S = (None if part is None else part.contiguous() for part in (rows_S, weights_S))

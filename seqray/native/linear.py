@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from seqray.models.dropout import Dropout
-from seqray.native.library import operators
+from seqray.native.library import operators_of_training
 
 NOTHING, NORM, GELU = range(3)
 """What the kernel does to the input first."""
@@ -44,7 +44,11 @@ def bf16_kernels(like: Tensor) -> Any | None:
     """The kernels where autocast to bf16 is on for a CPU."""
     if like.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or like.dtype == torch.float64:
         return None
-    return operators(build=torch.is_grad_enabled()) if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
+    return (
+        operators_of_training(build=torch.is_grad_enabled())
+        if torch.get_autocast_dtype("cpu") == torch.bfloat16
+        else None
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -53,7 +57,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, input_TI: Tensor, residual_TO: Tensor | None, weight_OI: Tensor, bias_O: Tensor | None,
         scale_I: Tensor | None, shift_I: Tensor | None, first: int, epsilon: float, rate: float, seed: int,
     ) -> Tensor:  # fmt: skip
-        kernels = operators(build=False)
+        kernels = operators_of_training(build=False)
         assert kernels is not None
         input_TI = input_TI.contiguous()
         residual_TO = None if residual_TO is None else residual_TO.float().contiguous()

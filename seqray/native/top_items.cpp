@@ -1,30 +1,32 @@
 // The k items with the largest scores, exactly, without a list of all scores.
 //
-// A tile of ITEMS items meets all queries at once in int8. Such a score is off by no more than `slack` (Cauchy-Schwarz
-// over the rounding of both factors), so an item whose rounded score is more than two slacks below the k-th best one
-// so far cannot be among the k best. Few are left; these are scored again in float32, each sum in the same order
-// whatever the batch and the threads, and sorted: equal scores by lower item_index.
+// A tile of ITEMS items meets all queries at once in small whole numbers. In steps of the item and the query such a
+// product is off by no more than `margin` (Cauchy-Schwarz over the rounding of both factors), so that it says what an
+// item's score is at the most and at the least. An item whose most is less than the k-th largest least so far cannot be
+// among the k best. Few are left; these are scored again in float32, each sum in the same order whatever the batch and
+// the threads, and sorted: equal scores by lower item_index.
 //
 // Shapes: B queries, D hidden (K: padded for products), V items + padding, P pairs (query, excluded item).
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
+#include <utility>
 
-#include "rounding.h"
+#include "codes.h"
 #include "top_items.h"
 
 namespace seqray {
 namespace {
 
-constexpr int64_t VECTORS = ITEMS / LANES, QUERIES = 4, FEWEST = 256;
-// QUERIES of a product: with more of them the compiler runs out of registers.
-// FEWEST: candidates of a query before those are dropped that do not matter any more.
+constexpr int64_t FEWEST = 256;    // candidates of a query before those are dropped that do not matter any more
+constexpr int64_t AHEAD = 4;       // items whose weights are asked of the memory before their turn comes
 constexpr float ROUNDING = 1e-5f;  // float32's, of any product
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
@@ -47,21 +49,24 @@ struct Limits {
   }
 };
 
-// Items that can still be among the k best of a query, by their rounded scores.
+// Items that can still be among the k best of a query, with the most that their scores can be.
 class Candidates {
  public:
-  void begin(int64_t k, float slack) {
-    k_ = k, slack_ = slack, room_ = std::max(8 * k, FEWEST);
-    limit = std::isfinite(slack) ? NEVER : -NEVER;
+  // margin: of a product, in steps of the item; rounding: of a score.
+  void begin(int64_t k, float margin, float rounding) {
+    k_ = k, margin_ = margin, rounding_ = rounding, room_ = std::max(8 * k, FEWEST);
+    limit = std::isfinite(margin + rounding) ? NEVER : -NEVER;
     best_.assign(1 + rounded(k, LANES), NEVER);
     best_[0] = -NEVER;  // stands before the first
     items.clear();
   }
 
-  void add(float score, int64_t item) {
-    insert(score);
-    limit = best_[k_] - 2 * slack_;
-    items.push_back({score, item});
+  void add(float most, float step, int64_t item) {
+    if (const float least = most - 2 * margin_ * step; least > best_[k_]) {
+      insert(least);
+      limit = best_[k_] - 2 * rounding_;
+    }
+    items.push_back({most, item});
     if (static_cast<int64_t>(items.size()) < room_) return;
     drop();
     room_ = std::max<int64_t>(room_, 2 * items.size());
@@ -72,30 +77,30 @@ class Candidates {
     std::erase_if(items, [&](const Scored& one) { return one.score < limit; });
   }
 
-  float limit;  // of a rounded score that matters
+  float limit;  // of the most that a score can be
   std::vector<Scored> items;
 
  private:
-  // Each of the best scores stays, becomes the one before it, or the new one, which stands between these.
-  void insert(float score) {
-    const __m512 added = _mm512_set1_ps(score);
+  // Each of the best stays, becomes the one before it, or the new one, which stands between these.
+  void insert(float least) {
+    const Floats added = all(least);
     for (int64_t i = best_.size() - LANES; i > 0; i -= LANES) {
       float* at = best_.data() + i;
-      _mm512_storeu_ps(at, _mm512_max_ps(_mm512_loadu_ps(at), _mm512_min_ps(_mm512_loadu_ps(at - 1), added)));
+      store(at, larger(load(at), smaller(load(at - 1), added)));
     }
   }
 
   int64_t k_, room_;
-  float slack_;
-  std::vector<float> best_;  // descending, from 1 on
+  float margin_, rounding_;
+  std::vector<float> best_;  // of the least that scores are, descending, from 1 on
 };
 
 // The catalogue as pack_items made it.
 struct Items {
   int64_t V, D;
-  const uint8_t* codes;         // (tiles, K / 4, ITEMS, 4): int8 + 128
+  const uint8_t* codes;         // (tiles, K / 4, ITEMS, 4): codes + LARGEST
   const float *weights, *step;  // (V, D), (tiles * ITEMS)
-  float size, error, norm;      // the largest of all items
+  float size, error, norm;      // the largest of all items: of the codes, of their rounding in steps, of the weights
 
   int64_t K() const { return rounded(D, 4); }
   int64_t tiles() const { return (V + ITEMS - 1) / ITEMS; }
@@ -105,14 +110,15 @@ struct Items {
 struct Queries {
   Queries(const Items& items, const at::Tensor& hidden, std::vector<Limits> limits)
       : B(hidden.size(0)), hidden(hidden.const_data_ptr<float>()), limits(std::move(limits)), codes(B * items.K()),
-        offset(B), slack(B) {
+        start(B), margin(B), rounding(B) {
     for (int64_t b = 0; b < B; b++) {
       int8_t* into = codes.data() + b * items.K();
       const float* row = this->hidden + b * items.D;
       const Rounded code(row, items.D, into);
-      for (int64_t i = 0; i < items.D; i++) offset[b] -= 128 * into[i];
-      const float whole = norm(row, items.D), off = whole * (items.error + ROUNDING * items.norm);
-      slack[b] = (off + code.error * items.size) / code.step;
+      for (int64_t i = 0; i < items.D; i++) start[b] -= LARGEST * into[i];
+      const float whole = norm(row, items.D) / code.step;
+      margin[b] = code.error * items.size + whole * items.error;
+      rounding[b] = ROUNDING * whole * items.norm;
     }
   }
 
@@ -120,65 +126,51 @@ struct Queries {
   const float* hidden;
   std::vector<Limits> limits;
   std::vector<int8_t> codes;
-  std::vector<int32_t> offset;  // of the items' 128
-  std::vector<float> slack;     // not finite: the query has no scores
+  std::vector<int32_t> start;            // takes back what the items' codes are too much
+  std::vector<float> margin, rounding;  // not finite: the query has no scores
 };
 
-// What of a tile's scores of a query matters.
-void take(const float* scores, uint64_t above, int64_t tile, const Limits& limits, Candidates& found) {
+// What of a tile matters to a query, of the items that `above` has bits for.
+void take(const float* most, const float* step, uint64_t above, int64_t tile, const Limits& limits, Candidates& found) {
   for (; above; above &= above - 1) {
     const int64_t place = __builtin_ctzll(above), item = tile * ITEMS + place;
-    if (scores[place] >= found.limit && item && limits.pass(item)) found.add(scores[place], item);
+    if (most[place] >= found.limit && item && limits.pass(item)) found.add(most[place], step[place], item);
   }
 }
 
 // A tile meets COUNT queries from `b` on.
 template <int COUNT>
 void meet(const Items& items, const Queries& queries, int64_t tile, int64_t b, Candidates* found) {
-  const int64_t K = items.K();
-  const uint8_t* codes = items.codes + tile * ITEMS * K;
-  const int8_t* query = queries.codes.data() + b * K;
-  __m512i sums[COUNT][VECTORS];
+  const int64_t K = items.K(), left = items.V - tile * ITEMS;
+  const float* step = items.step + tile * ITEMS;
+  Floats scores[COUNT][VECTORS];
+  products<COUNT>(items.codes + tile * ITEMS * K, queries.codes.data() + b * K, K, queries.start.data() + b, scores);
 #pragma GCC unroll 4
   for (int q = 0; q < COUNT; q++) {
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) sums[q][v] = _mm512_set1_epi32(queries.offset[b + q]);
-  }
-  for (int64_t k = 0; k < K; k += 4, codes += 4 * ITEMS) {
-    __m512i weights[VECTORS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) weights[v] = _mm512_loadu_si512(codes + v * 64);
-#pragma GCC unroll 4
-    for (int q = 0; q < COUNT; q++) {
-      int32_t four;
-      std::memcpy(&four, query + q * K + k, 4);
-      const __m512i factors = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) sums[q][v] = _mm512_dpbusd_epi32(sums[q][v], weights[v], factors);
-    }
-  }
-#pragma GCC unroll 4
-  for (int q = 0; q < COUNT; q++) {
-    const __m512 limit = _mm512_set1_ps(found[q].limit);
-    __m512 scores[VECTORS];
+    const Floats margin = all(queries.margin[b + q]), limit = all(found[q].limit);
     uint64_t above = 0;
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
-      const __m512 step = _mm512_loadu_ps(items.step + tile * ITEMS + v * LANES);
-      scores[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[q][v]), step);
-      above |= static_cast<uint64_t>(_mm512_cmp_ps_mask(scores[v], limit, _CMP_GE_OQ)) << (v * LANES);
+      scores[q][v] = (scores[q][v] + margin) * load(step + v * LANES);
+      above |= at_least(scores[q][v], limit) << (v * LANES);
     }
-    if (const int64_t left = items.V - tile * ITEMS; left < ITEMS) above &= (uint64_t{1} << left) - 1;
+    if (left < ITEMS) above &= (uint64_t{1} << left) - 1;
     if (above) [[unlikely]] {
-      alignas(64) float kept[ITEMS];
-      for (int v = 0; v < VECTORS; v++) _mm512_store_ps(kept + v * LANES, scores[v]);
-      take(kept, above, tile, queries.limits[b + q], found[q]);
+      alignas(64) float most[ITEMS];
+      for (int v = 0; v < VECTORS; v++) store(most + v * LANES, scores[q][v]);
+      take(most, step, above, tile, queries.limits[b + q], found[q]);
     }
   }
 }
 
 using Meet = void (*)(const Items&, const Queries&, int64_t, int64_t, Candidates*);
-constexpr Meet MEET[QUERIES] = {meet<1>, meet<2>, meet<3>, meet<4>};
+
+template <int... ONE_LESS>
+constexpr std::array<Meet, QUERIES> meetings(std::integer_sequence<int, ONE_LESS...>) {
+  return {meet<ONE_LESS + 1>...};
+}
+
+constexpr std::array<Meet, QUERIES> MEET = meetings(std::make_integer_sequence<int, QUERIES>());
 
 // Goes through the tiles first to stop for all queries, in groups of about the same size.
 void sweep(const Items& items, const Queries& queries, int64_t first, int64_t stop, std::vector<Candidates>& found) {
@@ -197,9 +189,11 @@ std::vector<Scored> best(
   std::vector<Scored> all;
   for (auto& part : found) {
     part[b].drop();
-    for (const Scored& one : part[b].items) {
-      const float* weights = items.weights + one.item * items.D;
-      all.push_back({dot(queries.hidden + b * items.D, weights, items.D), one.item});
+    const std::vector<Scored>& left = part[b].items;
+    const auto weights = [&](size_t place) { return items.weights + left[place].item * items.D; };
+    for (size_t i = 0; i < left.size(); i++) {
+      for (int64_t d = 0; i + AHEAD < left.size() && d < items.D; d += 16) __builtin_prefetch(weights(i + AHEAD) + d);
+      all.push_back({dot(queries.hidden + b * items.D, weights(i), items.D), left[i].item});
     }
   }
   const int64_t count = std::min<int64_t>(queries.limits[b].k, all.size());
@@ -245,7 +239,7 @@ std::tuple<at::Tensor, at::Tensor> top_items(
   std::vector<std::vector<Candidates>> found(parts, std::vector<Candidates>(B));
   int64_t K = 1;
   for (int64_t b = 0; b < B; b++) {
-    for (auto& part : found) part[b].begin(queries.limits[b].k, queries.slack[b]);
+    for (auto& part : found) part[b].begin(queries.limits[b].k, queries.margin[b], queries.rounding[b]);
     K = std::max(K, queries.limits[b].k);
   }
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

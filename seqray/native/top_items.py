@@ -14,7 +14,7 @@ _EVERY_ITEM = torch.empty(0, dtype=torch.bool)
 
 
 class TopItems:
-    """A catalogue on the CPU, rounded once to int8 beside its float32 weights."""
+    """A catalogue on the CPU, rounded once to whole numbers beside its float32 weights."""
 
     def __init__(self, kernels: Any, weights_VD: Tensor) -> None:
         self._kernels = kernels

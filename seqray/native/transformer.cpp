@@ -5,16 +5,17 @@
 // the way, and a result does not depend on what else is in the batch. In the last block only the newest event asks.
 // Shapes: T packed events, B histories, L events of one, D hidden = H heads of d, F inside the feed-forward.
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>
 
-#include "bf16.h"
+#include "floats.h"
 #include "multiply.h"
-#include "simd.h"
 #include "transformer.h"
+#include "turn.h"
 
 namespace seqray {
 namespace {
@@ -23,17 +24,17 @@ struct Norm {
   const float *scale, *shift;
 
   void operator()(const float* row, int64_t D, float epsilon, float* into) const {
-    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    columns(D, [&](int64_t i, __mmask16 some) { sum = _mm512_add_ps(sum, load(row + i, some)); });
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / D);
-    columns(D, [&](int64_t i, __mmask16 some) {
-      const __m512 off = _mm512_maskz_sub_ps(some, load(row + i, some), mean);
-      squares = _mm512_fmadd_ps(off, off, squares);
+    Floats sum = all(0), squares = all(0);
+    columns(D, [&](int64_t i, Some some) { sum = sum + load(row + i, some); });
+    const Floats mean = all(sum_of(sum) / D);
+    columns(D, [&](int64_t i, Some some) {
+      const Floats off = either(some, load(row + i, some) - mean, all(0));
+      squares = multiply_add(off, off, squares);
     });
-    const __m512 rate = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + epsilon));
-    columns(D, [&](int64_t i, __mmask16 some) {
-      const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(row + i, some), mean), rate);
-      store(into + i, some, _mm512_fmadd_ps(normed, load(scale + i, some), load(shift + i, some)));
+    const Floats rate = all(1 / std::sqrt(sum_of(squares) / D + epsilon));
+    columns(D, [&](int64_t i, Some some) {
+      const Floats normed = (load(row + i, some) - mean) * rate;
+      store(into + i, some, multiply_add(normed, load(scale + i, some), load(shift + i, some)));
     });
   }
 };
@@ -77,20 +78,16 @@ struct Workspace {
 
 // Scores of the keys up to a query -> chances.
 void soften(float* scores, int64_t count, float scale) {
-  __m512 largest = _mm512_set1_ps(-3e38f), sum = _mm512_setzero_ps();
-  columns(count, [&](int64_t i, __mmask16 some) {
-    largest = _mm512_mask_max_ps(largest, some, largest, load(scores + i, some));
-  });
-  const __m512 scales = _mm512_set1_ps(scale), top = _mm512_set1_ps(_mm512_reduce_max_ps(largest) * scale);
-  columns(count, [&](int64_t i, __mmask16 some) {
-    const __m512 chance = _mm512_maskz_mov_ps(some, exp2(_mm512_fmsub_ps(load(scores + i, some), scales, top)));
-    sum = _mm512_add_ps(sum, chance);
+  Floats most = all(-3e38f), sum = all(0);
+  columns(count, [&](int64_t i, Some some) { most = larger(most, either(some, load(scores + i, some), most)); });
+  const Floats scales = all(scale), top = all(largest_of(most) * scale);
+  columns(count, [&](int64_t i, Some some) {
+    const Floats chance = either(some, exp2(multiply_subtract(load(scores + i, some), scales, top)), all(0));
+    sum = sum + chance;
     store(scores + i, some, chance);
   });
-  const __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
-  columns(count, [&](int64_t i, __mmask16 some) {
-    store(scores + i, some, _mm512_mul_ps(load(scores + i, some), share));
-  });
+  const Floats share = all(1 / sum_of(sum));
+  columns(count, [&](int64_t i, Some some) { store(scores + i, some, load(scores + i, some) * share); });
 }
 
 // Attention of the queries from `first` on; their rows of qkv (L, 3 D) in `wide` -> rows of `normed`.
@@ -115,9 +112,9 @@ void attend(const Model& of, const Workspace& space, int64_t L, int64_t first) {
 }
 
 void gelu(float* values, int64_t count) {
-  columns(count, [&](int64_t i, __mmask16 some) {
-    const __m512 value = load(values + i, some);
-    store(values + i, some, _mm512_mul_ps(value, Normal(value, true).share));
+  columns(count, [&](int64_t i, Some some) {
+    const Floats value = load(values + i, some);
+    store(values + i, some, value * Normal(value, true).share);
   });
 }
 
@@ -141,13 +138,13 @@ void apply(const Model& of, const Block& block, const Workspace& space, int64_t 
 
 // What goes into the first block: the item, its position, and what `added` (L, D) says of the event.
 void embed(const Model& of, const int64_t* items, int64_t L, const float* added, float* hidden) {
-  const __m512 scale = _mm512_set1_ps(of.scale);
+  const Floats scale = all(of.scale);
   for (int64_t i = 0; i < L; i++) {
     const float* item = of.items + items[i] * of.D;
     const float* position = of.positions + (of.from_newest ? L - 1 - i : i) * of.D;
-    columns(of.D, [&](int64_t c, __mmask16 some) {
-      __m512 value = _mm512_fmadd_ps(load(item + c, some), scale, load(position + c, some));
-      if (added) value = _mm512_add_ps(value, load(added + i * of.D + c, some));
+    columns(of.D, [&](int64_t c, Some some) {
+      Floats value = multiply_add(load(item + c, some), scale, load(position + c, some));
+      if (added) value = value + load(added + i * of.D + c, some);
       store(hidden + i * of.D + c, some, value);
     });
   }
