@@ -100,7 +100,8 @@ struct Items {
   int64_t V, D;
   const uint8_t* codes;         // (tiles, K / 4, ITEMS, 4): codes + LARGEST
   const float *weights, *step;  // (V, D), (tiles * ITEMS)
-  float size, error, norm;      // the largest of all items: of the codes, of their rounding in steps, of the weights
+  // The largest of all items: norm of the codes, of what their rounding took, of the weights, of a part of the codes.
+  float size, error, norm, part;
 
   int64_t K() const { return rounded(D, 4); }
   int64_t tiles() const { return (V + ITEMS - 1) / ITEMS; }
@@ -110,12 +111,12 @@ struct Items {
 struct Queries {
   Queries(const Items& items, const at::Tensor& hidden, std::vector<Limits> limits)
       : B(hidden.size(0)), hidden(hidden.const_data_ptr<float>()), limits(std::move(limits)), codes(B * items.K()),
-        start(B), margin(B), rounding(B) {
+        start(B * segments(items.K())), margin(B), rounding(B) {
     for (int64_t b = 0; b < B; b++) {
       int8_t* into = codes.data() + b * items.K();
       const float* row = this->hidden + b * items.D;
-      const Rounded code(row, items.D, into);
-      for (int64_t i = 0; i < items.D; i++) start[b] -= LARGEST * into[i];
+      const Rounded code(row, items.D, query_step(row, items.D, items.part), into);
+      starts(into, items.K(), start.data() + b * segments(items.K()));
       const float whole = norm(row, items.D) / code.step;
       margin[b] = code.error * items.size + whole * items.error;
       rounding[b] = ROUNDING * whole * items.norm;
@@ -126,7 +127,7 @@ struct Queries {
   const float* hidden;
   std::vector<Limits> limits;
   std::vector<int8_t> codes;
-  std::vector<int32_t> start;            // takes back what the items' codes are too much
+  std::vector<int32_t> start;           // see starts
   std::vector<float> margin, rounding;  // not finite: the query has no scores
 };
 
@@ -143,8 +144,9 @@ template <int COUNT>
 void meet(const Items& items, const Queries& queries, int64_t tile, int64_t b, Candidates* found) {
   const int64_t K = items.K(), left = items.V - tile * ITEMS;
   const float* step = items.step + tile * ITEMS;
+  const int8_t* codes = queries.codes.data() + b * K;
   Floats scores[COUNT][VECTORS];
-  products<COUNT>(items.codes + tile * ITEMS * K, queries.codes.data() + b * K, K, queries.start.data() + b, scores);
+  products<COUNT>(items.codes + tile * ITEMS * K, codes, K, queries.start.data() + b * segments(K), scores);
 #pragma GCC unroll 4
   for (int q = 0; q < COUNT; q++) {
     const Floats margin = all(queries.margin[b + q]), limit = all(found[q].limit);
@@ -230,7 +232,7 @@ std::tuple<at::Tensor, at::Tensor> top_items(
   const float* bound = catalogue.bounds.const_data_ptr<float>();
   const Items items{
       weights.size(0), weights.size(1), catalogue.codes.const_data_ptr<uint8_t>(), weights.const_data_ptr<float>(),
-      catalogue.step.const_data_ptr<float>(), bound[0], bound[1], bound[2]};
+      catalogue.step.const_data_ptr<float>(), bound[0], bound[1], bound[2], bound[3]};
   const int64_t B = hidden.size(0), room = items.tiles() * ITEMS;
   TORCH_CHECK(catalogue.codes.numel() == room * items.K() && catalogue.step.numel() == room);
   TORCH_CHECK(k.numel() == B && ends.numel() == B && static_cast<int64_t>(allowed.size()) == B && B > 0);
