@@ -101,6 +101,7 @@ def _started(name: str, bundle: Bundle, port: int, folder: Path, settings: list[
             yield url
         finally:
             process.terminate()
+            process.communicate()  # reads on, so that what it says at its end goes somewhere
 
 
 def _wait(url: str, process: subprocess.Popen[str]) -> None:

@@ -10,12 +10,12 @@ from starlette.responses import Response
 
 from seqray.serve_config import ServeConfig
 from serve import events, health, metrics_page, models, page, recommending, searching
+from serve.asgi import Application, Receive, Send
 from serve.bodies import answer_headers
 from serve.client import ClientLeft
 from serve.entrance import CLIENT_LEFT, Entrance
 from serve.guard import Guard
 from serve.journal import Journal
-from serve.middleware import Application, Receive, Send
 from serve.openapi import openapi_document
 from serve.problems import Problem
 from serve.service import Service

@@ -4,7 +4,7 @@ To be told of it when it happens takes a task and two wake-ups for each request,
 it is asked instead, when a request waited long and work for nobody could be spared.
 """
 
-from serve.middleware import Message, Receive
+from serve.asgi import Message, Receive
 
 LONG_WAIT_S = 0.05
 """A request that waited so long is worth the question."""

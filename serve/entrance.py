@@ -5,11 +5,11 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from serve.access import Access, access
+from serve.asgi import Application, Message, Receive, Send
 from serve.client import at_once
 from serve.guard import Guard, Refusal
 from serve.journal import Journal
 from serve.measures import KEYS_REFUSED, RATE_LIMITED, Measures
-from serve.middleware import Application, Message, Receive, Send
 from serve.problems import Problem
 from serve.record import Record, begin
 from serve.request_id import fit_or_new

@@ -1,19 +1,15 @@
 """What stands around the application in a replica, so that the answers of Ray Serve itself fit the API too."""
 
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
+from serve.asgi import Application, Header, Message, Receive, Send
+from serve.one_write import send_together
 from serve.problems import MEDIA_TYPE, Problem
 from serve.request_id import fit_or_new
-
-Header = tuple[bytes, bytes]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 REQUEST_ID = b"x-request-id"
 UNWATCHED = (b"x-request-disconnect-disabled", b"?1")
@@ -72,17 +68,23 @@ class ProblemMiddleware:
 
 def _sender(scope: MutableMapping[str, Any], receive: Receive, send: Send, request_id: bytes) -> Send:
     replaced: Response | None = None
+    start: Message | None = None
 
     async def send_fitting(message: Message) -> None:
-        nonlocal replaced
+        nonlocal replaced, start
         if message["type"] == "http.response.start":
             message["headers"] = [*_without(message["headers"], REQUEST_ID), (REQUEST_ID, request_id)]
             if message["status"] >= 400:
                 replaced = _replacement(message)
-        if replaced is None:
+            start = message  # goes with the first part of the body
+        elif replaced is not None:
+            if not message.get("more_body"):
+                await replaced(scope, receive, send)
+        elif start is None:
             await send(message)
-        elif message["type"] == "http.response.body" and not message.get("more_body"):
-            await replaced(scope, receive, send)
+        else:
+            first, start = start, None
+            await send_together(send, first, message)
 
     return send_fitting
 

@@ -10,10 +10,10 @@ from seqray.cache import Cache
 from seqray.serve_config import ServeConfig
 from serve.admission import Admission
 from serve.application import build_application
+from serve.asgi import Application
 from serve.event_buffer import open_buffer
 from serve.follower import Follower, ModelLoader
 from serve.journal import log_to_stdout
-from serve.middleware import Application
 from serve.ray_measures import show_in_ray
 from serve.registry import Registry
 from serve.service import Models, Service

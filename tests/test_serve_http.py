@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -551,13 +552,12 @@ def test_the_playground_is_served_on_loopback(server: Server) -> None:
 
 
 def test_haproxy_answers_and_nothing_of_serve_listens_beyond_loopback(server: Server) -> None:
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    listening = [
-        (process.name(), connection.laddr.ip, connection.laddr.port)
-        for process in family
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    listening = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that Ray ended meanwhile
+            name, connections = process.name(), process.net_connections("inet")
+            open_ = [one.laddr for one in connections if one.status == psutil.CONN_LISTEN]
+            listening += [(name, place.ip, place.port) for place in open_]
     assert ("haproxy", "127.0.0.1", server.port) in listening
     assert {ip for name, ip, _ in listening if name == "haproxy"} == {"127.0.0.1"}
     assert not {9101, 8404, 8500} & {port for _, _, port in listening}
