@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+MAX_HEADERS = 512
+"""More than the application lets pass, so that it is the one who says so; of still more HAProxy says 400."""
 INTERNAL_SECTIONS = ("frontend prometheus", "listen stats")
 SECTION = re.compile(r"(frontend|backend|listen|defaults|global)\b")
 BIND = re.compile(r"(\s*bind\s+)\*?:(\d+)\s*")
@@ -24,6 +26,13 @@ def make_private(text: str, folder: str, request_timeout_s: str) -> str:
     It tells Ray Serve's process beside it, in Python, of those requests only that failed: a line for each cost as much
     as HAProxy itself, of cores that the replicas need.
     """
+    added = {
+        "global": [f"tune.http.maxhdr {MAX_HEADERS}"],
+        "defaults": [
+            "option http-buffer-request", f"timeout http-request {request_timeout_s}s", "option dontlog-normal",
+            f"errorfile 408 {folder}/408.http",
+        ],
+    }  # fmt: skip
     lines = []
     section = ""
     for line in text.splitlines():
@@ -36,9 +45,7 @@ def make_private(text: str, folder: str, request_timeout_s: str) -> str:
             lines.append(f"{error[1]}{folder}/503.http")
         else:
             lines.append(line)
-        if line.strip() == "defaults":
-            lines += ["    option http-buffer-request", f"    timeout http-request {request_timeout_s}s"]
-            lines += ["    option dontlog-normal", f"    errorfile 408 {folder}/408.http"]
+        lines += [f"    {setting}" for setting in added.get(line.strip(), ())]
     return "\n".join(lines) + "\n"
 
 

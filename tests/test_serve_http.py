@@ -438,7 +438,7 @@ def test_a_request_whose_time_is_over_is_not_ranked() -> None:
 
 def test_haproxy_keeps_its_own_pages_on_loopback() -> None:
     text = "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind *:8000\nlisten stats\n  bind *:8404\n"
-    private = make_private("defaults\n    errorfile 503 /tmp/500.http\n" + text, "/x", "7")
+    private = make_private("global\n    nbthread 1\ndefaults\n    errorfile 503 /tmp/500.http\n" + text, "/x", "7")
     assert "bind 127.0.0.1:9101" in private
     assert "bind *:8000" in private
     assert "bind 127.0.0.1:8404" in private
@@ -446,6 +446,7 @@ def test_haproxy_keeps_its_own_pages_on_loopback() -> None:
     assert "errorfile 408 /x/408.http" in private
     assert "timeout http-request 7s" in private
     assert "option dontlog-normal" in private
+    assert private.startswith("global\n    tune.http.maxhdr 512\n")
 
 
 # The real thing: `python -m serve` with a local cluster, HAProxy in front, asked over a socket.
@@ -592,6 +593,11 @@ def test_a_key_is_asked_for_until_it_is_revoked(server: Server) -> None:
     assert until(lambda: server.ask({}, headers=guest)[0] == 401)
     assert server.ask({})[0] == 200
     assert server.ask(b"", "GET", "/metrics")[0] == 403
+
+
+def test_too_many_headers_are_a_problem_behind_haproxy_too(server: Server) -> None:
+    status, headers, _ = server.ask({}, headers={f"x-{number}": "1" for number in range(200)})
+    assert (status, headers["content-type"]) == (431, "application/problem+json")
 
 
 def test_a_request_that_trickles_in_is_ended(server: Server) -> None:
