@@ -62,6 +62,17 @@ def test_sums_of_the_largest_codes_have_room(D: int) -> None:
     )
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-30, 1e15])
+def test_weights_of_any_size_are_ranked(scale: float) -> None:
+    torch.manual_seed(0)
+    top = TopItems.of(scale * torch.randn(300, 24), build=True)
+    assert top is not None
+    for hidden_D in (torch.randn(24), torch.zeros(24), 1e-44 * torch.randn(24)):
+        index_BK, values_BK = top.best(hidden_D[None], [250], [[3]], [None])
+        assert sorted({*index_BK[0].tolist()} - {0, 3}) == sorted(index_BK[0].tolist())
+        assert (values_BK[0].diff() <= 0).all()
+
+
 def test_scores_that_differ_by_less_than_the_rounding_are_told_apart() -> None:
     torch.manual_seed(0)
     weights_VD = torch.randn(1, 64) + 1e-2 * torch.randn(4000, 64)

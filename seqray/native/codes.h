@@ -39,11 +39,11 @@ struct Rounded {
   float step, size, error;
 };
 
-// The smallest step with which the codes of a row are no larger than LARGEST.
+// The smallest step with which the codes of a row are no larger than LARGEST, and which a float32 can be divided by.
 inline float finest_step(const float* row, int64_t D) {
   float largest = 0;
   for (int64_t i = 0; i < D; i++) largest = std::max(largest, std::abs(row[i]));
-  return largest > 0 ? largest / LARGEST : 1;
+  return std::max(largest / LARGEST, 1e-30f);
 }
 
 // The largest norm of the parts of a row, or of its codes, that AVX2 sums up in 16 bits: of each segment the dimensions

@@ -25,8 +25,8 @@
 namespace seqray {
 namespace {
 
-constexpr int64_t FEWEST = 256;    // candidates of a query before those are dropped that do not matter any more
-constexpr int64_t AHEAD = 4;       // items whose weights are asked of the memory before their turn comes
+constexpr int64_t FEWEST = 256;  // candidates of a query before those are dropped that do not matter any more
+constexpr int64_t AHEAD = 4;     // items whose weights are asked of the memory before their turn comes
 constexpr float ROUNDING = 1e-5f;  // float32's, of any product
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
