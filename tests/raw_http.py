@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import uvicorn
 
@@ -12,9 +13,10 @@ HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: shop\r\nContent-Type: application/
 
 
 @contextmanager
-def serving(application: object, port: int) -> Iterator[None]:
-    """Runs an ASGI application on a port of loopback, as a replica does: with uvicorn."""
-    server = uvicorn.Server(uvicorn.Config(application, port=port, log_level="critical", lifespan="off"))  # type: ignore[arg-type]
+def serving(application: object, port: int, http: Any = "auto") -> Iterator[None]:
+    """Runs an ASGI application on a port of loopback, as a replica does: with uvicorn, and `http` as its protocol."""
+    config = uvicorn.Config(application, port=port, http=http, log_level="critical", lifespan="off")  # type: ignore[arg-type]
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

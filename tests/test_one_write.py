@@ -1,13 +1,11 @@
 """A response leaves uvicorn in one write, whatever it looks like."""
 
 import http.client
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvicorn
+from raw_http import serving
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.asgi import Message, Receive, Send
@@ -56,19 +54,10 @@ async def application(scope: Any, _receive: Receive, send: Send) -> None:
 
 @pytest.fixture(scope="module")
 def connection(module_port: int) -> Iterator[http.client.HTTPConnection]:
-    config = uvicorn.Config(
-        ProblemMiddleware(application), http=Protocol, port=module_port, log_level="critical", lifespan="off"
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    client = http.client.HTTPConnection("127.0.0.1", module_port, timeout=10)
-    yield client
-    client.close()
-    server.should_exit = True
-    thread.join()
+    with serving(ProblemMiddleware(application), module_port, Protocol):
+        client = http.client.HTTPConnection("127.0.0.1", module_port, timeout=10)
+        yield client
+        client.close()
 
 
 @pytest.mark.parametrize(

@@ -80,81 +80,62 @@ inline void starts(const int8_t* codes, int64_t K, int32_t* into) {
   }
 }
 
-// The products of a tile of items and COUNT queries. `codes` (K / 4, ITEMS, 4): those of the items, of which each is
-// LARGEST too much; `query` (COUNT, K); `start` (COUNT, segments).
+// Sums of the products of codes, LANES items at a time: how they begin, are added to, and become floats.
 #ifdef __AVX512F__
 
-template <int COUNT>
-void products(
-    const uint8_t* codes, const int8_t* query, int64_t K, const int32_t* start, Floats (&found)[COUNT][VECTORS]) {
-  __m512i sums[COUNT][VECTORS];
-#pragma GCC unroll 4
-  for (int q = 0; q < COUNT; q++) {
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) sums[q][v] = _mm512_set1_epi32(start[q]);
-  }
-  for (int64_t k = 0; k < K; k += 4, codes += 4 * ITEMS) {
-    __m512i weights[VECTORS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) weights[v] = _mm512_loadu_si512(codes + v * 64);
-#pragma GCC unroll 4
-    for (int q = 0; q < COUNT; q++) {
-      int32_t four;
-      std::memcpy(&four, query + q * K + k, 4);
-      const __m512i factors = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) sums[q][v] = _mm512_dpbusd_epi32(sums[q][v], weights[v], factors);
-    }
-  }
-#pragma GCC unroll 4
-  for (int q = 0; q < COUNT; q++) {
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) found[q][v] = _mm512_cvtepi32_ps(sums[q][v]);
-  }
-}
+using Sums = __m512i;
+inline Sums same(int32_t four) { return _mm512_set1_epi32(four); }
+inline Sums load_codes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+inline Sums add_products(Sums sums, Sums items, Sums query) { return _mm512_dpbusd_epi32(sums, items, query); }
+inline Floats as_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 
 #else
 
+using Sums = __m256i;
+inline Sums same(int32_t four) { return _mm256_set1_epi32(four); }
+inline Sums load_codes(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+inline Sums add_products(Sums sums, Sums items, Sums query) {
+  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(items, query));
+}
+inline Floats as_floats(Sums sums) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1))); }
+
+#endif
+
+// The products of a tile of items and COUNT queries. `codes` (K / 4, ITEMS, 4): those of the items, of which each is
+// LARGEST too much; `query` (COUNT, K); `start` (COUNT, segments).
 template <int COUNT>
 void products(
     const uint8_t* codes, const int8_t* query, int64_t K, const int32_t* start, Floats (&found)[COUNT][VECTORS]) {
-  const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t k = 0; k < K; start++) {
-    __m256i pairs[COUNT][VECTORS];
     const bool is_first = k == 0;
+    Sums sums[COUNT][VECTORS];
 #pragma GCC unroll 4
     for (int q = 0; q < COUNT; q++) {
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) pairs[q][v] = _mm256_set1_epi32(start[q * segments(K)]);
+      for (int v = 0; v < VECTORS; v++) sums[q][v] = same(start[q * segments(K)]);
     }
     for (const int64_t stop = std::min(K, k + SEGMENT); k < stop; k += 4, codes += 4 * ITEMS) {
-      __m256i weights[VECTORS];
+      Sums items[VECTORS];
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) {
-        weights[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + v * 32));
-      }
+      for (int v = 0; v < VECTORS; v++) items[v] = load_codes(codes + v * 4 * LANES);
 #pragma GCC unroll 4
       for (int q = 0; q < COUNT; q++) {
         int32_t four;
         std::memcpy(&four, query + q * K + k, 4);
-        const __m256i factors = _mm256_set1_epi32(four);
+        const Sums factors = same(four);
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) {
-          pairs[q][v] = _mm256_add_epi16(pairs[q][v], _mm256_maddubs_epi16(weights[v], factors));
-        }
+        for (int v = 0; v < VECTORS; v++) sums[q][v] = add_products(sums[q][v], items[v], factors);
       }
     }
 #pragma GCC unroll 4
     for (int q = 0; q < COUNT; q++) {
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) {
-        const Floats sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[q][v], ones));
-        found[q][v] = is_first ? sums : found[q][v] + sums;
+        const Floats part = as_floats(sums[q][v]);
+        found[q][v] = is_first ? part : found[q][v] + part;
       }
     }
   }
 }
-
-#endif
 
 }  // namespace seqray

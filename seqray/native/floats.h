@@ -14,7 +14,7 @@
 
 namespace seqray {
 
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr float LOG2_E = 1.4426950408889634f;
 
 inline int64_t rounded(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
